@@ -1,0 +1,383 @@
+"""The command line: every command, its options and what it prints. The work is done elsewhere."""
+
+from __future__ import annotations
+
+import os
+
+# A waiting OpenMP thread gives its core back: on a shared machine, spinning ones slow everything down several-fold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from medbridge import __version__
+from medbridge.errors import MedbridgeError
+
+if TYPE_CHECKING:
+    from medbridge.config import RunSettings
+    from medbridge.pipeline import Run
+
+app = typer.Typer(
+    name="medbridge",
+    help="Measure what a medical vision-language model can reach, then bridge (SFT) or sharpen (RL), and measure again.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Import, check and show data sets.", no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(data_app, name="data")
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+_state = {"debug": False}
+
+ConfigArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml]",
+        help="Configuration (`medbridge config` documents every key). Without one, the run folder's own, or the "
+        "defaults with `--model` and `--data`.",
+        show_default=False,
+    ),
+]
+RunOption = Annotated[
+    Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder; an existing one is continued.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key of the configuration, e.g. `--set rl.learning_rate=1e-6`.",
+        show_default=False,
+    ),
+]  # fmt: skip
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Model folder or Hugging Face id (`model.path`).", show_default=False),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", "-d", metavar="KIND[:PATH]",
+        help="Data source: `brain`, `slake:DIR`, `medmnist:FILE.npz` or `jsonl:PATH` (`data.sources`); repeatable.",
+        show_default=False,
+    ),
+]  # fmt: skip
+StrataOption = Annotated[
+    list[str] | None,
+    typer.Option("--stratum", "-s", help="Stratum to train on; repeatable. Default: by the last verdicts.", show_default=False),
+]  # fmt: skip
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        stdout.print(f"medbridge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where a command fails.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    _state["debug"] = debug
+
+
+@app.command()
+def demo(run: RunOption = Path("runs/demo"), as_json: JsonOption = False) -> None:
+    """Run the main job on the embedded default: a tiny model made from nothing, questions on real brain slices.
+
+    Takes a few minutes on two CPU cores. The slices are of one average brain: this shows the method and is no
+    clinical benchmark.
+    """
+    source = files("medbridge").joinpath("configs/demo.yaml")
+    from medbridge.config import parse_config
+
+    settings = parse_config(source.read_text(encoding="utf-8"), source="demo.yaml")
+    with _open_run(run, settings, Path.cwd()) as opened:
+        opened.execute()
+    _conclude(run, as_json)
+
+
+@app.command("run")
+def run_command(
+    config: ConfigArgument = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", "-r", metavar="DIR", help="Run folder; default: runs/NAME. An existing one is resumed."),
+    ] = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure, bridge or sharpen, and measure again, until every stratum is done, undecidable or the budget is spent.
+
+    Killed at any moment, it goes on from there when it is called again with the same run folder.
+    """
+    settings, base = _settings(config, run, model, data, overrides)
+    folder = run or Path("runs") / settings.name
+    with _open_run(folder, settings, base) as opened:
+        opened.execute()
+    _conclude(folder, as_json)
+
+
+@app.command()
+def diagnose(
+    config: ConfigArgument = None,
+    run: RunOption = Path("runs/diagnosis"),
+    model: ModelOption = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure support and Acc@1 of a model on data, and give a verdict per stratum. Nothing is trained."""
+    settings, base = _settings(config, run, model, data, overrides)
+    with _open_run(run, settings, base) as opened:
+        opened.diagnose(opened.next_round(), opened.current_model())
+    _conclude(run, as_json)
+
+
+@app.command()
+def bridge(
+    config: ConfigArgument = None,
+    run: RunOption = Path("runs/bridge"),
+    model: ModelOption = None,
+    data: DataOption = None,
+    strata: StrataOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One stage of supervised fine-tuning, on the strata whose last verdict is bridge or on those named."""
+    _train("bridge", config, run, model, data, strata, overrides, as_json)
+
+
+@app.command()
+def sharpen(
+    config: ConfigArgument = None,
+    run: RunOption = Path("runs/sharpen"),
+    model: ModelOption = None,
+    data: DataOption = None,
+    strata: StrataOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One stage of GRPO, on the strata whose last verdict is sharpen or on those named."""
+    _train("sharpen", config, run, model, data, strata, overrides, as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="HTML file; default: report.html in the run folder.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's report: one HTML file that needs no network. Works at any moment of a run's life."""
+    _conclude(run, as_json, out)
+
+
+@app.command("init-model")
+def init_model_command(
+    out: Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT")],
+    data: DataOption = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", "-c", help="Configuration whose data and model.from_nothing to use.", show_default=False
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a small vision-language model of a real architecture from nothing, as a Hugging Face folder.
+
+    Its tokenizer is trained on the data's texts. Shape and architecture: `--set model.from_nothing.architecture=qwen3_vl`
+    and the other keys of `model.from_nothing`.
+    """
+    from medbridge.data import open_items
+    from medbridge.model import Policy, init_model
+    from medbridge.pipeline import item_texts
+
+    if out.exists() and not force:
+        raise MedbridgeError(f"{out} exists. Name another folder, or pass --force to replace it.")
+    settings, base = _settings(config, None, None, data or ([] if config else ["brain"]), overrides)
+    items = open_items(settings.data, base_dir=base, cache_dir=_cache())
+    texts = sorted({text for item in items.split("train") for text in item_texts(item)})
+    init_model(out, settings.model.from_nothing, texts, seed=settings.seed)
+    policy = Policy.load(str(out), settings.model)
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    found = {
+        "path": str(out), "architecture": settings.model.from_nothing.architecture, "parameters": parameters,
+        "vocabulary": policy.vocab_size,
+    }  # fmt: skip
+    _emit(found, as_json)
+
+
+@app.command("config")
+def config_command(
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A configuration to check and print with all defaults.", metavar="[CONFIG.yaml]", show_default=False
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Document every configuration key, or check one file and print it with its defaults."""
+    from medbridge.config import document, dump_config, load_config
+
+    if path is not None:
+        settings = load_config(path, overrides or [])
+        sys.stdout.write(settings.model_dump_json(indent=2) + "\n" if as_json else dump_config(settings))
+        return
+    if as_json:
+        from medbridge.config import RunSettings
+
+        sys.stdout.write(json.dumps(RunSettings.model_json_schema(), indent=2) + "\n")
+        return
+    table = Table("key", "type", "default", "what it is", show_lines=False)
+    for key, kind, default, description in document():
+        table.add_row(key, kind, default, description)
+    stdout.print(table)
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+"""DATA COMMANDS"""
+
+
+# -- shared ------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    kind: str,
+    config: Path | None,
+    run: Path,
+    model: str | None,
+    data: list[str] | None,
+    strata: list[str] | None,
+    overrides: list[str] | None,
+    as_json: bool,
+) -> None:
+    settings, base = _settings(config, run, model, data, overrides)
+    with _open_run(run, settings, base) as opened:
+        result = opened.train_once(kind, strata)
+    _write_report(run)
+    _emit({"stage": kind, "model": str(run / result), "report": str(run / "report.html")}, as_json)
+
+
+def _settings(
+    config: Path | None, run: Path | None, model: str | None, data: list[str] | None, overrides: list[str] | None
+) -> tuple[RunSettings, Path]:
+    """Settings from a file, from the run folder's own copy, or from the defaults; and the folder of relative paths."""
+    from medbridge.config import load_config, parse_config
+
+    extra = list(overrides or [])
+    if model is not None:
+        extra.append(f"model.path={json.dumps(model)}")
+    if data:
+        extra.append(f"data.sources={json.dumps([_source(text) for text in data])}")
+    stored = None if run is None else run / "config.yaml"
+    if config is not None:
+        return load_config(config, extra), config.resolve().parent
+    if stored is not None and stored.is_file():
+        return load_config(stored, extra), Path.cwd()
+    if not data:
+        raise MedbridgeError(
+            "nothing to work on: give a CONFIG.yaml, an existing run folder (--run), or --data KIND[:PATH] "
+            "(for example --data brain)."
+        )
+    return parse_config("{}", source="command line", overrides=extra), Path.cwd()
+
+
+def _source(text: str) -> dict[str, str]:
+    kind, _, path = text.partition(":")
+    return {"kind": kind, **({"path": path} if path else {})}
+
+
+def _cache() -> Path:
+    """Where data made or unpacked outside a run folder is kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "medbridge"
+
+
+@contextmanager
+def _open_run(folder: Path, settings: RunSettings, base: Path) -> Iterator[Run]:
+    from medbridge.pipeline import Run
+    from medbridge.progress import Reporter
+
+    opened = Run(folder, settings, base_dir=base, reporter=Reporter(stderr))
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _write_report(run: Path, out: Path | None = None) -> Path:
+    from medbridge.report import write_report
+
+    return write_report(run, out)
+
+
+def _conclude(run: Path, as_json: bool, out: Path | None = None) -> None:
+    """Write the report and print the verdicts."""
+    from medbridge.report import print_verdicts, summarise
+
+    written = _write_report(run, out)
+    if as_json:
+        sys.stdout.write(json.dumps({**summarise(run), "report": str(written)}, indent=2) + "\n")
+        return
+    print_verdicts(stdout, run)
+    stdout.print(f"report: {written.resolve()}", soft_wrap=True)
+
+
+def _emit(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        for key, value in found.items():
+            stdout.print(f"{key}: {value}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message, without a traceback unless `--debug`."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except MedbridgeError as error:
+        if _state["debug"]:
+            raise
+        stderr.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        stderr.print("stopped; call again with the same run folder to go on")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

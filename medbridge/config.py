@@ -1,0 +1,263 @@
+"""The YAML configuration of a run: its schema, `--set` overrides, and errors that name file, line and choices."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medbridge.data import DataSettings
+from medbridge.errors import MedbridgeError
+from medbridge.model import ModelSettings
+from medbridge.rollout import RolloutSettings
+from medbridge.support import GateSettings
+from medbridge.train import RlSettings, SftSettings
+
+
+class DiagnosisSettings(BaseModel):
+    """Which items are measured, how often, and when sampling goes on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    split: str = Field("validation", description="Split that decides what is trained next.")
+    samples: int = Field(16, ge=1, description="Completions sampled per item, beside one greedy completion.")
+    items_per_stratum: int = Field(
+        64, ge=1, description="Items measured per stratum at first; an undecided stratum gets twice as many."
+    )
+    max_items_per_stratum: int | None = Field(
+        None, ge=1, description="Most items measured per stratum; null uses all that the split has."
+    )
+    test_split: str | None = Field(
+        "test", description="Held-out split measured once before and once after; null measures none."
+    )
+    cluster: list[str] = Field(
+        default_factory=list,
+        description="Tags whose items are not independent (a patient, a slice) and are resampled together for the "
+        "intervals; empty: items that show the same images.",
+    )
+    kind_of_question: list[str] = Field(
+        default_factory=list,
+        description="Tags that define a kind of question for the baseline on the test split (always answering the "
+        "training split's most frequent answer for that kind); empty: the strata.",
+    )
+
+
+class BudgetSettings(BaseModel):
+    """When the loop stops although some stratum is not done."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stages: int = Field(8, ge=0, description="Most training stages of a run.")
+    bridges_per_stratum: int = Field(3, ge=0, description="Most bridge stages a stratum takes part in.")
+    sharpens_per_stratum: int = Field(3, ge=0, description="Most sharpen stages a stratum takes part in.")
+    minutes: float | None = Field(
+        None, gt=0, description="Minutes of work, summed over resumed runs, after which no stage is begun."
+    )
+
+
+class RunSettings(BaseModel):
+    """A whole run, as its YAML file states it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("run", description="Name shown in the report.")
+    seed: int = Field(0, ge=0, description="Seed of weights, data order, option orders and samples.")
+    model: ModelSettings = Field(default_factory=ModelSettings, description="The model.")
+    data: DataSettings = Field(description="Data sets, strata, and how questions are asked.")
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="How completions are drawn.")
+    diagnosis: DiagnosisSettings = Field(default_factory=DiagnosisSettings, description="What is measured.")
+    gate: GateSettings = Field(default_factory=GateSettings, description="The rule that gives verdicts.")
+    sft: SftSettings = Field(default_factory=SftSettings, description="Bridging: supervised fine-tuning.")
+    rl: RlSettings = Field(default_factory=RlSettings, description="Sharpening: GRPO.")
+    budget: BudgetSettings = Field(default_factory=BudgetSettings, description="When to stop.")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
+    """Read a YAML file and `--set key.path=value` overrides into settings.
+
+    Raises:
+        MedbridgeError: for each wrong key or value, with file, line, what was found and what is valid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MedbridgeError(f"{path}: configuration can't be read: {error}") from error
+    return parse_config(text, source=str(path), overrides=overrides)
+
+
+def parse_config(text: str, *, source: str, overrides: Sequence[str] = ()) -> RunSettings:
+    """As `load_config`, from YAML text; `source` is named in errors."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_duplicates(root, source)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise MedbridgeError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise MedbridgeError(f"{source}:1: a configuration is a mapping of keys, not a {type(content).__name__}.")
+    origin: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        key = _override(content, override)
+        origin[key] = f"--set {override}"
+    try:
+        return RunSettings.model_validate(content)
+    except ValidationError as error:
+        messages = [_explain(entry, root, source, origin) for entry in error.errors()]
+        raise MedbridgeError("\n".join(messages)) from None
+
+
+def dump_config(settings: RunSettings) -> str:
+    """The whole configuration as YAML, defaults included."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def document() -> Iterator[tuple[str, str, str, str]]:
+    """Every key of the schema: (dotted key, type, default, description)."""
+    yield from _document(RunSettings, "")
+
+
+def _document(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        inner = _inner_model(field.annotation)
+        if inner is not None:
+            is_list = typing.get_origin(field.annotation) is list
+            optional = "" if inner is field.annotation or is_list else " (may be null)"
+            yield key, "list of sections" if is_list else "section" + optional, "", field.description or ""
+            yield from _document(inner, f"{key}[]." if is_list else f"{key}.")
+        else:
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            yield key, _type_name(field.annotation), default, field.description or ""
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *typing.get_args(annotation)]
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return " | ".join("null" if a is type(None) else _type_name(a) for a in typing.get_args(annotation))
+    if typing.get_origin(annotation) is not None:
+        return str(annotation).replace("typing.", "").replace("collections.abc.", "")
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _override(content: dict[str, Any], override: str) -> tuple[str, ...]:
+    dotted, separator, value = override.partition("=")
+    if not separator or not dotted:
+        raise MedbridgeError(f"--set {override}: write it as key=value, for example --set rl.learning_rate=1e-6")
+    keys = tuple(dotted.strip().split("."))
+    place: Any = content
+    for key in keys[:-1]:
+        place = _step_into(place, key, override)
+    last = keys[-1]
+    parsed = _parse_value(value, override)
+    if isinstance(place, list):
+        place[_index(place, last, override)] = parsed
+    elif isinstance(place, dict):
+        place[last] = parsed
+    else:
+        raise MedbridgeError(f"--set {override}: {'.'.join(keys[:-1])} holds a plain value and has no keys.")
+    return keys
+
+
+def _step_into(place: Any, key: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, key, override)]
+    if not isinstance(place, dict):
+        raise MedbridgeError(f"--set {override}: {key!r} lies below a plain value, which has no keys.")
+    if place.get(key) is None:
+        place[key] = {}
+    return place[key]
+
+
+def _index(place: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(place):
+        raise MedbridgeError(f"--set {override}: {key!r} is not an index of a list of {len(place)} (0 is the first).")
+    return int(key)
+
+
+def _parse_value(text: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise MedbridgeError(f"--set {override}: {text!r} is not a YAML value ({error}).") from error
+
+
+def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise MedbridgeError(
+                    f"{source}:{line}: key {key.value!r} stands twice (first in line {seen[key.value]}); keep one."
+                )
+            seen[key.value] = line
+            _refuse_duplicates(value, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for entry in node.value:
+            _refuse_duplicates(entry, source)
+
+
+def _explain(
+    entry: Mapping[str, Any], root: yaml.Node | None, source: str, origin: Mapping[tuple[str, ...], str]
+) -> str:
+    path = tuple(part for part in entry["loc"] if isinstance(part, int | str))
+    dotted = ".".join(map(str, path))
+    keys = tuple(map(str, path))
+    given = next((text for key, text in origin.items() if key[: len(keys)] == keys or keys[: len(key)] == key), None)
+    where = given or f"{source}:{_line(root, path)}"
+    kind, message = entry["type"], entry["msg"]
+    if kind == "extra_forbidden":
+        valid = _valid_keys(path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), valid, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        return f"{where}: unknown key {dotted!r}.{hint} Valid keys here: {', '.join(valid)}."
+    if kind == "missing":
+        return f"{where}: key {dotted!r} is missing; it has no default."
+    if kind == "literal_error":
+        return f"{where}: {dotted} is {entry['input']!r}; valid are: {entry['ctx']['expected']}."
+    return f"{where}: {dotted} is {entry['input']!r}: {message[0].lower() + message[1:]}."
+
+
+def _valid_keys(path: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] | None = RunSettings
+    for part in path:
+        if isinstance(part, int) or model is None:
+            continue
+        field = model.model_fields.get(str(part))
+        model = None if field is None else _inner_model(field.annotation)
+    return list(model.model_fields) if model is not None else []
+
+
+def _line(node: yaml.Node | None, path: Sequence[int | str]) -> int:
+    """Line of the node at `path`, or of its nearest parent that the file has."""
+    line = node.start_mark.line + 1 if node is not None else 1
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+            if pair is None:
+                return line
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line

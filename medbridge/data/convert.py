@@ -1,0 +1,125 @@
+"""Any source turned into a data folder: JSON lines for each split, images, a card. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from medbridge.data.folder import write_folder
+from medbridge.data.images import ImageCheck
+from medbridge.data.items import SPLITS, Item, ItemSet, Skip
+from medbridge.data.jsonl import item_to_row
+from medbridge.data.settings import DataSettings, SourceSettings
+from medbridge.data.sources import open_items
+from medbridge.errors import MedbridgeError
+
+_LICENCES = {
+    "brain": "Made from the ICBM 152 volumes in nilearn: one average brain, not a clinical benchmark.",
+    "slake": "SLAKE 1.0 is published under CC BY 4.0: name its authors wherever you pass it on.",
+    "medmnist": "MedMNIST is published under CC BY 4.0, DermaMNIST under CC BY-NC 4.0: name its authors.",
+    "jsonl": "The licence is that of the data it was made from.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSummary:
+    """What an import wrote: items by split, distinct images, and the rows left out."""
+
+    folder: Path
+    items: Mapping[str, int]
+    images: int
+    skipped: tuple[Skip, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "items": dict(self.items),
+            "images": self.images,
+            "skipped": [str(skip) for skip in self.skipped],
+        }
+
+
+def import_to_folder(
+    source: SourceSettings,
+    out_dir: Path,
+    *,
+    base_dir: Path,
+    cache_dir: Path,
+    on_bad: Literal["error", "skip"] = "error",
+    check_images: ImageCheck = "header",
+    progress: Callable[[int, int], None] | None = None,
+) -> ImportSummary:
+    """Write the questions of `source` as the folder `out_dir`, which `kind: jsonl` reads back as equal items.
+
+    Image files are copied byte for byte, equal ones once. The folder appears only when it is complete.
+    `progress(done, total)` is called for each item. Raises MedbridgeError if `out_dir` is there and not
+    empty, and for bad rows as `on_bad` says.
+    """
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise MedbridgeError(f"{out_dir}: exists and is not empty. Name a new folder or empty this one.")
+    settings = DataSettings(sources=[source], on_bad=on_bad, check_images=check_images)
+    found = open_items(settings, base_dir=base_dir, cache_dir=cache_dir)
+    names: dict[str, str] = {}
+
+    def build(folder: Path) -> None:
+        done = 0
+        for split in SPLITS:
+            items = found.split(split)
+            if not items:
+                continue
+            with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
+                for item in items:
+                    for image in item.images:
+                        if image not in names:
+                            names[image] = _copy(Path(image), folder)
+                    index = item.id.removeprefix(f"{item.dataset}/{item.split}/")
+                    row = item_to_row(item, index, [names[image] for image in item.images])
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    done += 1
+                    if progress is not None:
+                        progress(done, len(found.items))
+        (folder / "README.md").write_text(_card(source, found), encoding="utf-8")
+
+    write_folder(out_dir, build)
+    return ImportSummary(out_dir, _counts(found.items), len(set(names.values())), tuple(found.skipped))
+
+
+def _copy(image: Path, folder: Path) -> str:
+    """Copy an image below `images/` under the hash of its bytes; its path relative to the folder."""
+    try:
+        digest = hashlib.sha256(image.read_bytes()).hexdigest()
+        suffix = image.suffix.lower() if image.suffix[1:].isalnum() else ""
+        name = f"images/{digest[:2]}/{digest[:32]}{suffix}"
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(image, folder / name)
+    except OSError as error:
+        raise MedbridgeError(f"{image}: the image can't be copied ({error}).") from error
+    return name
+
+
+def _counts(items: list[Item]) -> dict[str, int]:
+    counts = Counter(item.split for item in items)
+    return {split: counts[split] for split in SPLITS if counts[split]}
+
+
+def _card(source: SourceSettings, found: ItemSet) -> str:
+    counts = ", ".join(f"{count} {split}" for split, count in _counts(found.items).items())
+    datasets = ", ".join(sorted({item.dataset for item in found.items}))
+    tags = ", ".join(sorted({tag for item in found.items for tag in item.tags})) or "none"
+    return (
+        f"# {datasets}\n\n"
+        f"Written by `medbridge data import` from a source of kind `{source.kind}`. "
+        f"{_LICENCES[source.kind]}\n\n"
+        f"- Questions: {counts}; {len(found.skipped)} rows left out.\n"
+        f"- Tags: {tags}.\n"
+        "- One JSON object a line: `dataset_name, dataset_index, image_paths, question, options,\n"
+        "  answer_label, answer, split, tags, floor` and `trace` where there is one; image paths are\n"
+        "  relative to this folder.\n"
+    )

@@ -1,0 +1,109 @@
+"""From the `data` settings to the items of a run. What a source's files mean is its importer's business."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from medbridge.data.brain import brain_folder
+from medbridge.data.items import SPLITS, Item, ItemSet, Skip
+from medbridge.data.jsonl import read_jsonl
+from medbridge.data.medmnist import read_medmnist
+from medbridge.data.sampling import evenly_spaced
+from medbridge.data.settings import DataSettings, SourceSettings
+from medbridge.data.slake import read_slake
+from medbridge.errors import MedbridgeError
+
+
+def open_items(settings: DataSettings, *, base_dir: Path, cache_dir: Path) -> ItemSet:
+    """All questions of the configured sources, in their order, with what was skipped on the way.
+
+    Relative paths of the settings start at `base_dir`; images that have to be written (brain, MedMNIST) go
+    below `cache_dir`. With `on_bad: error` the first bad row raises MedbridgeError, with `skip` it is listed.
+    Sources without a single good question, and two questions of one id, raise MedbridgeError or are skipped
+    in the same way.
+    """
+    items: list[Item] = []
+    skipped: list[Skip] = []
+    origin: dict[str, str] = {}
+    for source in settings.sources:
+        found: list[Item] = []
+        for entry in read_source(settings, source, base_dir=base_dir, cache_dir=cache_dir):
+            if isinstance(entry, Item) and entry.id in origin:
+                entry = Skip(
+                    _name(source),
+                    None,
+                    entry.id,
+                    f"a question of the id {entry.id!r} is already there (from {origin[entry.id]}). "
+                    "Give every row its own dataset_index, and name no source twice.",
+                )
+            elif isinstance(entry, Item):
+                entry = _with_stratum(entry, settings, source)
+            if isinstance(entry, Skip):
+                if settings.on_bad == "error" and not entry.known:
+                    raise MedbridgeError(f"{entry} (Set `data.on_bad: skip` to leave bad rows out.)")
+                skipped.append(entry)
+                continue
+            origin[entry.id] = _name(source)
+            found.append(entry)
+        if not found:
+            raise MedbridgeError(f"{_name(source)}: no question could be read ({_reasons(skipped)}).")
+        items.extend(found if source.limit is None else evenly_spaced(found, source.limit))
+    return ItemSet(items, skipped)
+
+
+def read_source(
+    settings: DataSettings, source: SourceSettings, *, base_dir: Path, cache_dir: Path
+) -> Iterator[Item | Skip]:
+    """The questions of one source as they are read. Only the MedMNIST importer applies the limit itself."""
+    root = None if source.image_root is None else _below(base_dir, source.image_root)
+    if source.kind == "brain":
+        folder = brain_folder(cache_dir)
+        # The folder's stamp has just vouched for every byte.
+        yield from _read_folder(folder, folder, None, settings.model_copy(update={"check_images": "exists"}))
+        return
+    if source.kind == "jsonl" and source.splits is not None:
+        for split, name in source.splits.items():
+            file = _below(base_dir, name)
+            yield from read_jsonl(
+                file, image_root=root or file.parent, split=split, override=True, check=settings.check_images
+            )
+        return
+    assert source.path is not None
+    path = _below(base_dir, source.path)
+    if source.kind == "slake":
+        yield from read_slake(path, image_root=root, check=settings.check_images)
+    elif source.kind == "medmnist":
+        yield from read_medmnist(path, cache_dir, limit=source.limit)
+    elif path.is_dir():
+        yield from _read_folder(path, root or path, source.split, settings)
+    else:
+        yield from read_jsonl(path, image_root=root or path.parent, split=source.split, check=settings.check_images)
+
+
+def _read_folder(folder: Path, image_root: Path, split: str | None, settings: DataSettings) -> Iterator[Item | Skip]:
+    files = [(name, folder / f"{name}.jsonl") for name in SPLITS if (folder / f"{name}.jsonl").is_file()]
+    if not files:
+        raise MedbridgeError(f"{folder}: a data folder needs train.jsonl, validation.jsonl or test.jsonl.")
+    for name, file in files:
+        yield from read_jsonl(file, image_root=image_root, split=split or name, check=settings.check_images)
+
+
+def _with_stratum(item: Item, settings: DataSettings, source: SourceSettings) -> Item | Skip:
+    try:
+        item.stratum(settings.strata)
+    except MedbridgeError as error:
+        return Skip(_name(source), None, item.id, str(error))
+    return item
+
+
+def _below(base_dir: Path, name: str) -> Path:
+    return Path(base_dir, Path(name).expanduser()).resolve()
+
+
+def _name(source: SourceSettings) -> str:
+    return source.kind if source.path is None else f"{source.kind} {source.path}"
+
+
+def _reasons(skipped: list[Skip]) -> str:
+    return str(skipped[0]) if skipped else "it is empty"

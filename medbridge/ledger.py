@@ -1,0 +1,442 @@
+"""The state of one run: a SQLite file with items, rollouts, outcomes, tallies, verdicts, stages and metrics.
+
+Every batch is one transaction, so a kill at any instant loses at most the batch in flight. This file knows how
+rows are stored; what they mean is decided in `pipeline`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medbridge.data.answers import Outcome
+from medbridge.data.items import Item
+from medbridge.errors import MedbridgeError
+from medbridge.rollout.engine import GREEDY, Graded, Rollout
+from medbridge.support.tallies import Tally
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE items (
+    item_id TEXT PRIMARY KEY, dataset TEXT NOT NULL, split TEXT NOT NULL, stratum TEXT NOT NULL,
+    question TEXT NOT NULL, options TEXT, answer TEXT NOT NULL, images TEXT NOT NULL,
+    tags TEXT NOT NULL, floor REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE stages (
+    stage_id INTEGER PRIMARY KEY, round INTEGER NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('format', 'diagnose', 'bridge', 'sharpen', 'evaluate')),
+    status TEXT NOT NULL CHECK (status IN ('running', 'done')),
+    model TEXT NOT NULL, result_model TEXT, strata TEXT NOT NULL, plan TEXT NOT NULL,
+    started REAL NOT NULL, finished REAL, summary TEXT
+);
+CREATE TABLE rollouts (
+    rollout_id INTEGER PRIMARY KEY, stage_id INTEGER NOT NULL REFERENCES stages, step INTEGER NOT NULL,
+    item_id TEXT NOT NULL, sample INTEGER NOT NULL, permutation TEXT NOT NULL, text TEXT NOT NULL,
+    token_ids BLOB NOT NULL, logprobs BLOB NOT NULL, finish_reason TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, UNIQUE (stage_id, step, item_id, sample)
+);
+CREATE TABLE outcomes (
+    rollout_id INTEGER PRIMARY KEY REFERENCES rollouts,
+    status TEXT NOT NULL CHECK (status IN ('correct', 'wrong', 'abstain')),
+    option INTEGER, answer TEXT, span_start INTEGER, span_end INTEGER,
+    well_formed INTEGER NOT NULL, reward REAL
+);
+CREATE TABLE tallies (
+    stage_id INTEGER NOT NULL REFERENCES stages, item_id TEXT NOT NULL, cluster TEXT NOT NULL,
+    floor REAL NOT NULL, n INTEGER NOT NULL, c INTEGER NOT NULL, abstained INTEGER NOT NULL,
+    greedy_correct INTEGER, votes TEXT NOT NULL, PRIMARY KEY (stage_id, item_id)
+) WITHOUT ROWID;
+CREATE TABLE verdicts (
+    stage_id INTEGER NOT NULL REFERENCES stages, stratum TEXT NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('bridge', 'sharpen', 'done', 'undecided')),
+    reason TEXT NOT NULL, verdict TEXT NOT NULL, support TEXT NOT NULL, PRIMARY KEY (stage_id, stratum)
+) WITHOUT ROWID;
+CREATE TABLE batches (
+    stage_id INTEGER NOT NULL REFERENCES stages, step INTEGER NOT NULL, item_ids TEXT NOT NULL,
+    PRIMARY KEY (stage_id, step)
+) WITHOUT ROWID;
+CREATE TABLE metrics (
+    stage_id INTEGER NOT NULL REFERENCES stages, step INTEGER NOT NULL, name TEXT NOT NULL, value REAL,
+    PRIMARY KEY (stage_id, step, name)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a run. `model` and `result_model` are folders relative to the run folder, or model ids."""
+
+    stage_id: int
+    round: int
+    kind: str
+    status: str
+    model: str
+    result_model: str | None
+    strata: tuple[str, ...]
+    plan: dict[str, Any]
+    started: float
+    finished: float | None
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictRow:
+    """A stratum's verdict as stored: `verdict` is the gate's evidence, `support` the measured curves."""
+
+    stratum: str
+    kind: str
+    reason: str
+    verdict: dict[str, Any]
+    support: dict[str, Any]
+
+
+class Ledger:
+    """A run's SQLite file. One process writes; any number may read."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        if read_only and not path.is_file():
+            raise MedbridgeError(f"{path}: no such run database. Give a run folder made by `medbridge run`.")
+        try:
+            if read_only:
+                self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+            else:
+                self._db = sqlite3.connect(path, isolation_level=None)
+                # WAL with NORMAL: a killed process loses nothing committed, and readers are never blocked.
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._db.execute("PRAGMA busy_timeout = 10000")
+                self._db.execute("PRAGMA foreign_keys = ON")
+            self._check_schema(read_only)
+        except sqlite3.DatabaseError as error:
+            raise MedbridgeError(
+                f"{path}: not a readable run database ({error}). Restore it from a backup, or start a new run "
+                "in another folder."
+            ) from error
+
+    def _check_schema(self, read_only: bool) -> None:
+        if not read_only:
+            with self.transaction():
+                if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                    for statement in _SCHEMA.split(";"):
+                        if statement.strip():
+                            self._db.execute(statement)
+                    self._db.execute("INSERT INTO meta VALUES ('schema_version', ?)", (json.dumps(SCHEMA_VERSION),))
+        found = self.meta("schema_version")
+        if found != SCHEMA_VERSION:
+            raise MedbridgeError(
+                f"{self.path}: run database of schema {found}, this medbridge reads {SCHEMA_VERSION}. "
+                "Use the medbridge version that made it, or start a new run."
+            )
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of the block's writes, or none of them."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # -- run-wide facts ------------------------------------------------------------------------------------
+
+    def meta(self, key: str) -> Any:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def set_meta(self, key: str, value: Any) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, to_json(value)))
+
+    def add_items(self, items: Iterable[Item], strata: Sequence[str]) -> None:
+        """Store items once, each with its stratum under the tag keys `strata`. Known ids are left as they are."""
+        rows = (
+            (
+                item.id,
+                item.dataset,
+                item.split,
+                item.stratum(strata),
+                item.question,
+                None if item.options is None else to_json(item.options),
+                item.answer,
+                to_json(item.images),
+                to_json(dict(item.tags)),
+                item.floor,
+            )
+            for item in items
+        )
+        with self.transaction():
+            self._db.executemany("INSERT OR IGNORE INTO items VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
+
+    def items(self, ids: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Stored items by id, as dictionaries with the columns' names."""
+        cursor = self._db.execute("SELECT * FROM items")
+        names = [column[0] for column in cursor.description]
+        wanted = None if ids is None else set(ids)
+        found: dict[str, dict[str, Any]] = {}
+        for row in cursor:
+            if wanted is None or row[0] in wanted:
+                record = dict(zip(names, row, strict=True))
+                for key in ("options", "images", "tags"):
+                    record[key] = None if record[key] is None else json.loads(record[key])
+                found[row[0]] = record
+        return found
+
+    # -- stages --------------------------------------------------------------------------------------------
+
+    def begin_stage(
+        self, *, round: int, kind: str, model: str, strata: Sequence[str], plan: Mapping[str, Any]
+    ) -> Stage:
+        with self.transaction():
+            cursor = self._db.execute(
+                "INSERT INTO stages (round, kind, status, model, strata, plan, started) VALUES (?,?,?,?,?,?,?)",
+                (round, kind, "running", model, to_json(list(strata)), to_json(plan), time.time()),
+            )
+        assert cursor.lastrowid is not None
+        return self.stage(cursor.lastrowid)
+
+    def finish_stage(
+        self,
+        stage_id: int,
+        *,
+        result_model: str | None,
+        summary: Mapping[str, Any],
+        verdicts: Sequence[VerdictRow] = (),
+    ) -> Stage:
+        """Mark a stage done. `verdicts` are written in the same transaction."""
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO verdicts VALUES (?,?,?,?,?,?)",
+                [(stage_id, v.stratum, v.kind, v.reason, to_json(v.verdict), to_json(v.support)) for v in verdicts],
+            )
+            self._db.execute(
+                "UPDATE stages SET status = 'done', result_model = ?, finished = ?, summary = ? WHERE stage_id = ?",
+                (result_model, time.time(), to_json(summary), stage_id),
+            )
+        return self.stage(stage_id)
+
+    def stage(self, stage_id: int) -> Stage:
+        return next(stage for stage in self.stages() if stage.stage_id == stage_id)
+
+    def stages(self) -> list[Stage]:
+        rows = self._db.execute(
+            "SELECT stage_id, round, kind, status, model, result_model, strata, plan, started, finished, summary "
+            "FROM stages ORDER BY stage_id"
+        )
+        return [
+            Stage(
+                stage_id=row[0],
+                round=row[1],
+                kind=row[2],
+                status=row[3],
+                model=row[4],
+                result_model=row[5],
+                strata=tuple(json.loads(row[6])),
+                plan=json.loads(row[7]),
+                started=row[8],
+                finished=row[9],
+                summary=json.loads(row[10]) if row[10] else {},
+            )
+            for row in rows
+        ]
+
+    # -- rollouts and outcomes -----------------------------------------------------------------------------
+
+    def save_rollouts(self, stage_id: int, step: int, graded: Iterable[Graded]) -> None:
+        """Store one batch of rollouts with their outcomes, all or none. A row stored before is an error."""
+        with self.transaction():
+            for entry in graded:
+                rollout, outcome = entry.rollout, entry.outcome
+                cursor = self._db.execute(
+                    "INSERT INTO rollouts (stage_id, step, item_id, sample, permutation, text, token_ids, logprobs,"
+                    " finish_reason, prompt_tokens) VALUES (?,?,?,?,?,?,?,?,?,?)",
+                    (
+                        stage_id,
+                        step,
+                        rollout.item_id,
+                        rollout.sample,
+                        to_json(list(rollout.permutation)),
+                        rollout.text,
+                        rollout.token_ids.astype("<i4").tobytes(),
+                        rollout.logprobs.astype("<f4").tobytes(),
+                        rollout.finish_reason,
+                        rollout.prompt_tokens,
+                    ),
+                )
+                span = outcome.span or (None, None)
+                self._db.execute(
+                    "INSERT INTO outcomes VALUES (?,?,?,?,?,?,?,?)",
+                    (
+                        cursor.lastrowid,
+                        outcome.status,
+                        outcome.option,
+                        outcome.answer,
+                        span[0],
+                        span[1],
+                        int(outcome.well_formed),
+                        entry.reward,
+                    ),
+                )
+
+    def rollouts(
+        self, stage_id: int, *, step: int | None = None, item_ids: Sequence[str] | None = None
+    ) -> list[Graded]:
+        """Stored rollouts of a stage, in the order in which they were stored."""
+        query = (
+            "SELECT item_id, sample, permutation, text, token_ids, logprobs, finish_reason, prompt_tokens,"
+            " status, option, answer, span_start, span_end, well_formed, reward"
+            " FROM rollouts JOIN outcomes USING (rollout_id) WHERE stage_id = ?"
+        )
+        arguments: list[Any] = [stage_id]
+        if step is not None:
+            query += " AND step = ?"
+            arguments.append(step)
+        if item_ids is not None:
+            query += f" AND item_id IN ({','.join('?' * len(item_ids))})"
+            arguments.extend(item_ids)
+        found = []
+        for row in self._db.execute(query + " ORDER BY rollout_id", arguments):
+            rollout = Rollout(
+                item_id=row[0],
+                sample=row[1],
+                permutation=tuple(json.loads(row[2])),
+                text=row[3],
+                token_ids=np.frombuffer(row[4], dtype="<i4"),
+                logprobs=np.frombuffer(row[5], dtype="<f4"),
+                finish_reason=row[6],
+                prompt_tokens=row[7],
+            )
+            span = None if row[11] is None else (row[11], row[12])
+            outcome = Outcome(status=row[8], option=row[9], answer=row[10], span=span, well_formed=bool(row[13]))
+            found.append(Graded(rollout, outcome, row[14]))
+        return found
+
+    def sampled(self, stage_id: int) -> dict[str, int]:
+        """How many samples (the greedy one apart) each item of a stage has."""
+        rows = self._db.execute(
+            "SELECT item_id, COUNT(*) FROM rollouts WHERE stage_id = ? AND sample != ? GROUP BY item_id",
+            (stage_id, GREEDY),
+        )
+        return dict(rows.fetchall())
+
+    def count(self, table: str) -> int:
+        assert table in {"items", "stages", "rollouts", "outcomes", "tallies", "verdicts", "batches", "metrics"}
+        return int(self._db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
+
+    # -- measurements --------------------------------------------------------------------------------------
+
+    def save_tallies(self, stage_id: int, tallies: Iterable[Tally]) -> None:
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO tallies VALUES (?,?,?,?,?,?,?,?,?)",
+                [
+                    (
+                        stage_id,
+                        tally.item_id,
+                        tally.cluster,
+                        tally.floor,
+                        tally.n,
+                        tally.c,
+                        tally.abstained,
+                        None if tally.greedy_correct is None else int(tally.greedy_correct),
+                        to_json(dict(tally.votes)),
+                    )
+                    for tally in tallies
+                ],
+            )
+
+    def tallies(self, stage_id: int) -> list[Tally]:
+        rows = self._db.execute(
+            "SELECT item_id, cluster, floor, n, c, abstained, greedy_correct, votes FROM tallies"
+            " WHERE stage_id = ? ORDER BY item_id",
+            (stage_id,),
+        )
+        return [
+            Tally(
+                item_id=row[0],
+                cluster=row[1],
+                floor=row[2],
+                n=row[3],
+                c=row[4],
+                abstained=row[5],
+                greedy_correct=None if row[6] is None else bool(row[6]),
+                votes=json.loads(row[7]),
+            )
+            for row in rows
+        ]
+
+    def verdicts(self, stage_id: int) -> dict[str, VerdictRow]:
+        """A measuring stage's verdicts by stratum."""
+        rows = self._db.execute(
+            "SELECT stratum, kind, reason, verdict, support FROM verdicts WHERE stage_id = ? ORDER BY stratum",
+            (stage_id,),
+        )
+        return {row[0]: VerdictRow(row[0], row[1], row[2], json.loads(row[3]), json.loads(row[4])) for row in rows}
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def log_step(self, stage_id: int, step: int, metrics: Mapping[str, float], item_ids: Sequence[str]) -> None:
+        """Record one optimizer step: its metrics and the items it was computed from."""
+        with self.transaction():
+            self._db.execute("INSERT INTO batches VALUES (?,?,?)", (stage_id, step, to_json(list(item_ids))))
+            self._db.executemany(
+                "INSERT INTO metrics VALUES (?,?,?,?)",
+                [(stage_id, step, name, _finite(value)) for name, value in metrics.items()],
+            )
+
+    def rewind(self, stage_id: int, step: int) -> None:
+        """Forget the optimizer steps after `step`, which a resumed stage takes again; rollouts stay."""
+        with self.transaction():
+            self._db.execute("DELETE FROM metrics WHERE stage_id = ? AND step > ?", (stage_id, step))
+            self._db.execute("DELETE FROM batches WHERE stage_id = ? AND step > ?", (stage_id, step))
+
+    def metrics(self, stage_id: int) -> dict[str, list[tuple[int, float]]]:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for step, name, value in self._db.execute(
+            "SELECT step, name, value FROM metrics WHERE stage_id = ? ORDER BY step", (stage_id,)
+        ):
+            found.setdefault(name, []).append((step, float("nan") if value is None else value))
+        return found
+
+    def trained_items(self, stage_id: int) -> list[list[str]]:
+        """Item ids of each optimizer step of a stage, in order."""
+        rows = self._db.execute("SELECT item_ids FROM batches WHERE stage_id = ? ORDER BY step", (stage_id,))
+        return [json.loads(row[0]) for row in rows]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def to_json(value: Any) -> str:
+    """JSON as any tool reads it: NaN and infinities become null."""
+    return json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_plain(entry) for entry in value.tolist()]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,451 @@
+"""A loaded vision-language model with what rollouts and training both need of it.
+
+Encoding of prompts (image and text once per item, option orders cheaply), positions, stop and banned tokens, and
+logits at completion tokens. It neither samples nor trains.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from medbridge.data.images import ImageCache
+from medbridge.data.items import Item, Permutation
+from medbridge.data.prompts import PromptSettings, build_prompt
+from medbridge.errors import MedbridgeError
+from medbridge.model.initialise import FromNothing, config_of, replace_folder
+
+BANNED_LOGIT = -1e9
+"""Logit of a token that must not be sampled. Finite, so that p * log p stays 0 and not NaN in the entropy."""
+
+
+class LoraSettings(BaseModel):
+    """Low-rank adapters (PEFT) trained in place of the whole model; merged when a stage ends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(32, gt=0, description="Scale numerator: updates are scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input during training.")
+    targets: str | list[str] = Field(
+        r"^(?!.*visual|.*vision).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$",
+        description="Modules that get adapters: a regular expression or a list of module names.",
+    )
+
+
+class ModelSettings(BaseModel):
+    """Which model is measured and trained, and how it is held in memory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str | None = Field(
+        None, description="Hugging Face model id or folder; null makes a small model from nothing."
+    )
+    from_nothing: FromNothing = Field(
+        default_factory=FromNothing, description="Shape of the model made from nothing when path is null."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Compute type; auto is bfloat16 on CUDA and float32 elsewhere."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Attention back end of transformers; auto takes flash-attn on CUDA if installed."
+    )
+    freeze_vision: bool = Field(False, description="Leave the vision tower as it is in training.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third slower."
+    )
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of all weights.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPrompt:
+    """One prompt, ready for the model.
+
+    Attributes:
+        ids: int64 [T] token ids, image placeholders expanded.
+        type_ids: int64 [T] modality of each token (1 at image tokens), where the model wants it.
+        positions: int64 [3, T] for M-RoPE models, [1, T] otherwise.
+        next_position: position of the first completion token.
+        vision: the processor's image tensors, shared by all option orders of the item.
+        text: the prompt's text, with a placeholder for each image.
+    """
+
+    ids: Tensor
+    type_ids: Tensor | None
+    positions: Tensor
+    next_position: int
+    vision: Mapping[str, Tensor]
+    text: str
+
+
+@dataclass(slots=True, eq=False)
+class _Head:
+    """What all option orders of an item share: everything up to the images' last token, and the images."""
+
+    ids: Tensor
+    type_ids: Tensor | None
+    positions: Tensor
+    next_position: int
+    vision: dict[str, Tensor]
+    tail_is_plain: bool
+    prompts: dict[Permutation, EncodedPrompt] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.vision.values()) + 64 * len(self.ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompletionBatch:
+    """Padded prompt + completion rows, and where the logits of the completion tokens stand.
+
+    Shapes: input_ids, attention_mask, type_ids [B, T]; positions [3 or 1, B, T]; rows, columns, labels,
+    sequence_ids [N] for the N completion tokens: the logits at (rows, columns) predict `labels`.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    type_ids: Tensor | None
+    positions: Tensor
+    vision: Mapping[str, Tensor]
+    rows: Tensor
+    columns: Tensor
+    labels: Tensor
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        return self.rows
+
+
+class Policy:
+    """A model, its processor, and the few things about them that the rest of medbridge asks."""
+
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, *, path: str, compute_dtype: torch.dtype, cache_mb: int = 512
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.path = path
+        self.compute_dtype = compute_dtype
+        self.device = next(model.parameters()).device
+        config = model.config
+        self.image_token_id = _first_set(config, "image_token_id", "image_token_index")
+        video = _first_set(config, "video_token_id", "video_token_index")
+        self.banned = [token for token in (self.image_token_id, video) if token is not None]
+        self.stop_ids = self._stop_ids()
+        text_config = config.get_text_config()
+        self.vocab_size = int(text_config.vocab_size)
+        self._softcap = getattr(text_config, "final_logit_softcapping", None)
+        layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+        self.full_attention = layer_types == {"full_attention"}
+        self.uses_mrope = hasattr(model.base_model, "get_rope_index")
+        self._type_key = "mm_token_type_ids" if self.uses_mrope else "token_type_ids"
+        self._cache: OrderedDict[str, _Head] = OrderedDict()
+        self._cache_bytes = 0
+        self._cache_budget = cache_mb << 20
+
+    # -- loading and saving --------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str, settings: ModelSettings, *, trainable: bool = False) -> Policy:
+        """Load any Hugging Face image-text-to-text model.
+
+        Args:
+            path: folder or model id.
+            settings: device, compute type, attention. `path` in the settings is not read.
+            trainable: hold whole-model weights in float32 (AdamW's small steps vanish in bfloat16) and compute
+                in the compute type; without it weights are held in the compute type.
+
+        Raises:
+            MedbridgeError: where the model or its processor cannot be loaded.
+        """
+        device = torch.device(_pick_device(settings.device))
+        if device.type == "cpu":
+            torch.set_flush_denormal(True)  # small models' gradients hold many, and a CPU adds them 100 times slower
+        compute = _pick_dtype(settings.dtype, device)
+        held = torch.float32 if trainable and settings.lora is None else compute
+        attention = _pick_attention(settings.attention, device)
+        transformers_logging.disable_progress_bar()
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=held, attn_implementation=attention, trust_remote_code=False
+            )
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise MedbridgeError(
+                f"model {path!r} can't be loaded: {error}\n"
+                "Give a folder or id of an image-text-to-text model that transformers knows (model.path), with "
+                "its processor files beside the weights."
+            ) from error
+        if not hasattr(processor, "tokenizer"):
+            raise MedbridgeError(f"model {path!r}: its processor has no tokenizer; give a vision-language model.")
+        if processor.tokenizer.chat_template is None and getattr(processor, "chat_template", None) is None:
+            raise MedbridgeError(f"model {path!r} has no chat template; give an instruction-tuned model.")
+        model.to(device)
+        return cls(model, processor, path=path, compute_dtype=compute)
+
+    def save(self, out: Path) -> Path:
+        """Write model and processor to `out` as a Hugging Face folder (atomically); adapters are not written."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+            folder = Path(temporary) / "model"
+            # float32 masters go back to the type the model came in
+            stored = config_of(Path(self.path)).get("dtype") if Path(self.path).is_dir() else None
+            dtype = getattr(torch, stored) if isinstance(stored, str) else self.compute_dtype
+            weights = {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in self.model.state_dict().items()
+            }
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.processor.save_pretrained(folder)
+            replace_folder(folder, out)
+        return out
+
+    # -- encoding ------------------------------------------------------------------------------------------
+
+    def encode(
+        self, item: Item, orders: Sequence[Permutation], settings: PromptSettings, images: ImageCache
+    ) -> list[EncodedPrompt]:
+        """Encode an item's prompt under several option orders; its images are processed once and kept."""
+        head = self._cache.get(item.id)
+        if head is None:
+            head = self._encode_head(item, orders[0], settings, images)
+            self._cache[item.id] = head
+            self._cache_bytes += head.nbytes()
+            while self._cache_bytes > self._cache_budget and len(self._cache) > 1:
+                self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes()
+        else:
+            self._cache.move_to_end(item.id)
+        for order in orders:
+            if order not in head.prompts:
+                head.prompts[order] = self._encode_order(item, order, settings, images, head)
+        return [head.prompts[order] for order in orders]
+
+    def completion_ids(self, text: str) -> list[int]:
+        """Token ids of a supervised completion, closed by the end-of-turn token."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.stop_ids[0]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion without its closing special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _process(
+        self, item: Item, order: Permutation, settings: PromptSettings, images: ImageCache
+    ) -> tuple[str, Tensor, Tensor | None, dict[str, Tensor]]:
+        text = self._render(item, order, settings)
+        pictures = [images.get(path) for path in item.images]
+        try:
+            encoded = self.processor(
+                text=[text], images=[pictures] if pictures else None, return_tensors="pt",
+                **({"add_special_tokens": False} if self._starts_with_bos(text) else {}),
+            )  # fmt: skip
+        except (ValueError, IndexError, TypeError) as error:
+            raise MedbridgeError(
+                f"item {item.id!r}: the processor of {self.path!r} refuses its prompt or images: {error}"
+            ) from error
+        ids = encoded.pop("input_ids")[0]
+        encoded.pop("attention_mask", None)
+        types = encoded.pop(self._type_key, None)
+        vision = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
+        return text, ids, None if types is None else types[0].long(), vision
+
+    def _render(self, item: Item, order: Permutation, settings: PromptSettings) -> str:
+        messages = build_prompt(item, order, settings)
+        return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _starts_with_bos(self, text: str) -> bool:
+        bos = self.tokenizer.bos_token
+        return bool(bos) and text.startswith(bos)
+
+    def _tail_ids(self, text: str) -> Tensor | None:
+        """Ids of what follows the last image placeholder of a rendered prompt; None where it shows no images."""
+        markers = {getattr(self.processor, name, None) for name in ("image_token", "boi_token")}
+        cut = max((text.rfind(mark) + len(mark) for mark in markers if mark and mark in text), default=0)
+        if cut == 0:
+            return None
+        return torch.tensor(self.tokenizer(text[cut:], add_special_tokens=False)["input_ids"])
+
+    def _encode_head(self, item: Item, order: Permutation, settings: PromptSettings, images: ImageCache) -> _Head:
+        text, ids, types, vision = self._process(item, order, settings, images)
+        positions, next_position = self._positions(ids, types, vision)
+        tail = self._tail_ids(text) if item.images else None
+        # Tokenizing the text after the images by itself is right only where it gives back the same ids.
+        plain = tail is not None and 0 < len(tail) < len(ids) and torch.equal(ids[-len(tail) :], tail)
+        prompt = EncodedPrompt(ids, types, positions, next_position, vision, text)
+        cut = len(ids) - (len(tail) if plain and tail is not None else 0)
+        return _Head(
+            ids=ids[:cut], type_ids=None if types is None else types[:cut], positions=positions[:, :cut],
+            next_position=int(positions[:, :cut].max()) + 1, vision=vision, tail_is_plain=plain,
+            prompts={order: prompt},
+        )  # fmt: skip
+
+    def _encode_order(
+        self, item: Item, order: Permutation, settings: PromptSettings, images: ImageCache, head: _Head
+    ) -> EncodedPrompt:
+        if not head.tail_is_plain:
+            text, ids, types, _ = self._process(item, order, settings, images)
+            positions, next_position = self._positions(ids, types, head.vision)
+            return EncodedPrompt(ids, types, positions, next_position, head.vision, text)
+        text = self._render(item, order, settings)
+        tail = self._tail_ids(text)
+        assert tail is not None
+        steps = torch.arange(len(tail)) + head.next_position
+        return EncodedPrompt(
+            ids=torch.cat([head.ids, tail]),
+            type_ids=None if head.type_ids is None else torch.cat([head.type_ids, torch.zeros_like(tail)]),
+            positions=torch.cat([head.positions, steps.expand(head.positions.shape[0], -1)], dim=1),
+            next_position=head.next_position + len(tail),
+            vision=head.vision,
+            text=text,
+        )
+
+    def _positions(self, ids: Tensor, types: Tensor | None, vision: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        if not self.uses_mrope or not vision:
+            rows = 3 if self.uses_mrope else 1
+            return torch.arange(len(ids)).expand(rows, -1), len(ids)
+        positions, _ = self.model.base_model.get_rope_index(
+            ids[None],
+            mm_token_type_ids=None if types is None else types[None],
+            **{key: value for key, value in vision.items() if key.endswith("grid_thw")},
+        )
+        return positions[:, 0], int(positions.max()) + 1
+
+    def _stop_ids(self) -> list[int]:
+        """End-of-turn first, then every other token after which the model has nothing to say."""
+        ids: list[int | None] = []
+        for token in ("<|im_end|>", "<end_of_turn>", "<|eot_id|>"):
+            found = self.tokenizer.convert_tokens_to_ids(token)
+            if found is not None and found != self.tokenizer.unk_token_id:
+                ids.append(int(found))
+        generation = getattr(self.model.generation_config, "eos_token_id", None)
+        for value in (self.tokenizer.eos_token_id, generation):
+            ids.extend(value if isinstance(value, list) else [value])
+        unique = list(dict.fromkeys(int(token) for token in ids if token is not None))
+        if not unique:
+            raise MedbridgeError(f"model {self.path!r}: its tokenizer names no end-of-sequence token.")
+        return unique
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def positions_argument(self, positions: Tensor) -> Tensor:
+        """Positions [3 or 1, B, T] in the shape that the model's forward takes."""
+        return positions if self.uses_mrope else positions[0]
+
+    def type_argument(self, type_ids: Tensor | None) -> dict[str, Tensor]:
+        return {} if type_ids is None else {self._type_key: type_ids}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Computes in the compute type where weights are held in float32."""
+        held = next(self.model.parameters()).dtype
+        if held == self.compute_dtype or self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def collate(self, prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[int]]) -> CompletionBatch:
+        """Right-pad prompt + completion rows into one batch on the model's device."""
+        lengths = [len(prompt.ids) + len(ids) for prompt, ids in zip(prompts, completions, strict=True)]
+        batch, longest = len(lengths), max(lengths)
+        axes = prompts[0].positions.shape[0]
+        input_ids = torch.full((batch, longest), int(self.tokenizer.pad_token_id or 0))
+        mask = torch.zeros(batch, longest, dtype=torch.long)
+        positions = torch.zeros(axes, batch, longest, dtype=torch.long)
+        types = torch.zeros_like(mask) if prompts[0].type_ids is not None else None
+        rows, columns, labels = [], [], []
+        for row, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
+            start, end = len(prompt.ids), lengths[row]
+            input_ids[row, :start] = prompt.ids
+            input_ids[row, start:end] = torch.as_tensor(ids)
+            mask[row, :end] = 1
+            positions[:, row, :start] = prompt.positions
+            positions[:, row, start:end] = torch.arange(len(ids)) + prompt.next_position
+            if types is not None and prompt.type_ids is not None:
+                types[row, :start] = prompt.type_ids
+            rows.append(torch.full((len(ids),), row))
+            columns.append(torch.arange(start - 1, end - 1))
+            labels.append(input_ids[row, start:end])
+        to = self.device
+        return CompletionBatch(
+            input_ids=input_ids.to(to), attention_mask=mask.to(to), positions=positions.to(to),
+            type_ids=None if types is None else types.to(to), vision=merge_vision(prompts, to),
+            rows=torch.cat(rows).to(to), columns=torch.cat(columns).to(to), labels=torch.cat(labels).to(to),
+        )  # fmt: skip
+
+    def completion_logits(self, batch: CompletionBatch) -> Tensor:
+        """Logits [N, vocabulary] that predict `batch.labels`; banned tokens hold `BANNED_LOGIT`.
+
+        Only these rows go through the output layer: prompt tokens cost no logits.
+        """
+        with self.autocast():
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                position_ids=self.positions_argument(batch.positions), use_cache=False,
+                **self.type_argument(batch.type_ids), **batch.vision,
+            ).last_hidden_state  # fmt: skip
+            return self.head(hidden[batch.rows, batch.columns])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Output layer, soft cap and banned tokens: logits [..., vocabulary]."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        if self.banned:
+            banned = torch.tensor(self.banned, device=logits.device)
+            logits = logits.index_fill(-1, banned, BANNED_LOGIT)
+        return logits
+
+
+def merge_vision(prompts: Sequence[EncodedPrompt], device: torch.device) -> dict[str, Tensor]:
+    """Image tensors of several prompts, one after the other, as the models take them."""
+    keys = {key for prompt in prompts for key in prompt.vision}
+    return {
+        key: torch.cat([prompt.vision[key] for prompt in prompts if key in prompt.vision]).to(device)
+        for key in sorted(keys)
+    }
+
+
+def _first_set(config: Any, *names: str) -> int | None:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    return None
+
+
+def _pick_device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise MedbridgeError("model.device is cuda, and torch sees no CUDA GPU. Use auto or cpu.")
+    return wanted
+
+
+def _pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
+
+
+def _pick_attention(wanted: str, device: torch.device) -> str:
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            return "sdpa"
+        return "flash_attention_2"
+    return "sdpa"

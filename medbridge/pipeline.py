@@ -1,0 +1,523 @@
+"""The loop: measure support, decide, bridge or sharpen, measure again, until nothing is left to do.
+
+Read `Run.execute` from top to bottom. A run resumes by being executed again: each stage that the ledger holds as
+done is taken from it, one that was cut off goes on from its last checkpoint or batch, and the decisions, which
+depend on stored verdicts only, come out as before.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+import medbridge
+from medbridge.config import RunSettings, dump_config
+from medbridge.data import ImageCache, Item, ItemSet, grade, open_items, permutation, target_completion
+from medbridge.errors import MedbridgeError
+from medbridge.ledger import Ledger, Stage, VerdictRow
+from medbridge.measurement import (
+    by_stratum,
+    frequent_answer_baseline,
+    run_measurement,
+    summarise_sampling,
+)
+from medbridge.model import Policy, init_model
+from medbridge.progress import Reporter
+from medbridge.rollout import Engine, Graded, Request, SamplingSettings, TransformersEngine
+from medbridge.train import Example, train_rl, train_sft
+from medbridge.train.rewards import reward
+from medbridge.train.sft import Examples, seeded
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The next training stage, or why there is none."""
+
+    kind: str  # "bridge", "sharpen" or "stop"
+    strata: tuple[str, ...]
+    reason: str
+
+
+class Run:
+    """One run folder with its settings, items and ledger. Only one process may hold it."""
+
+    def __init__(self, folder: Path, settings: RunSettings, *, base_dir: Path, reporter: Reporter) -> None:
+        """Open or create the run.
+
+        Args:
+            folder: run folder.
+            settings: of the run; a resumed run must not change what its results depend on.
+            base_dir: folder that relative data paths start from (the YAML file's).
+            reporter: where progress is shown.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.settings = settings
+        self.reporter = reporter
+        self._lock = _lock(folder)
+        self.ledger = Ledger(folder / "run.sqlite")
+        self._check_settings()
+        self.images = ImageCache(settings.data.image_cache_mb << 20)
+        self.items: ItemSet = open_items(settings.data, base_dir=base_dir, cache_dir=folder / "data")
+        if self.items.skipped:
+            reporter.say(f"{len(self.items.skipped)} rows skipped; the first: {self.items.skipped[0]}")
+        self.strata_keys = settings.data.strata
+
+    def close(self) -> None:
+        self.ledger.close()
+        self._lock.close()
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def execute(self) -> dict[str, VerdictRow]:
+        """Run to the end, or on from where an earlier process stopped; returns the last verdicts."""
+        base = model = self.base_model()
+        round = 0
+        while True:
+            verdicts = self.diagnose(round, model)
+            plan = self._plan(round, verdicts)
+            if plan.kind == "stop":
+                break
+            self.reporter.say(f"round {round}: {plan.reason}")
+            train = self.bridge if plan.kind == "bridge" else self.sharpen
+            model = train(round, model, plan.strata)
+            round += 1
+        for measured in dict.fromkeys([base, model]):
+            self.evaluate(measured)
+        self.ledger.set_meta("finished", {"reason": plan.reason})
+        self.ledger.set_meta("outcome", {s: {"kind": v.kind, "reason": v.reason} for s, v in verdicts.items()})
+        return verdicts
+
+    def train_once(self, kind: str, strata: Sequence[str] | None) -> str:
+        """One stage by itself, on the named strata or on those whose last verdict is `kind`; the model's folder.
+
+        Goes on with a stage that was cut off.
+        """
+        round = self.next_round()
+        begun = self._stage_of(round, ("bridge", "sharpen"))
+        if begun is not None and begun.kind != kind:
+            raise MedbridgeError(
+                f"{self.folder}: a {begun.kind} stage was cut off here. Finish it with `medbridge {begun.kind}`, or "
+                "use another run folder."
+            )
+        model = self.current_model()
+        chosen = tuple(strata or ())
+        if not chosen and begun is None:
+            measured = self._stage_of(round, ("diagnose",))
+            verdicts = {} if measured is None else self.ledger.verdicts(measured.stage_id)
+            chosen = tuple(name for name, row in verdicts.items() if row.kind == kind)
+            if not chosen:
+                found = ", ".join(f"{name}: {row.kind}" for name, row in verdicts.items())
+                raise MedbridgeError(
+                    f"no stratum's last verdict is {kind} ({found or 'this model has not been diagnosed here'}). Run "
+                    "`medbridge diagnose` with the same --run first, or name strata with --stratum."
+                )
+        return (self.bridge if kind == "bridge" else self.sharpen)(round, model, chosen)
+
+    def next_round(self) -> int:
+        """The round that the next measurement or stage belongs to: training stages finished so far."""
+        return sum(stage.kind in ("bridge", "sharpen") and stage.status == "done" for stage in self.ledger.stages())
+
+    def current_model(self) -> str:
+        """The result of the last finished training stage, or the base model."""
+        done = [stage for stage in self.ledger.stages() if stage.kind in ("bridge", "sharpen") and stage.result_model]
+        return _result(done[-1]) if done else self.base_model()
+
+    def _plan(self, round: int, verdicts: Mapping[str, VerdictRow]) -> Plan:
+        """The next stage: bridge what is weak, and only then sharpen, since every bridge moves the whole model."""
+        begun = self._stage_of(round, ("bridge", "sharpen"))
+        if begun is not None:
+            return Plan(begun.kind, begun.strata, f"going on with {begun.kind} of {', '.join(begun.strata)}")
+        budget = self.settings.budget
+        trained = [stage for stage in self.ledger.stages() if stage.kind in ("bridge", "sharpen")]
+        times = Counter((stage.kind, name) for stage in trained for name in stage.strata)
+        limits = {"bridge": budget.bridges_per_stratum, "sharpen": budget.sharpens_per_stratum}
+        wanted = {
+            kind: tuple(name for name, row in verdicts.items() if row.kind == kind and times[kind, name] < limits[kind])
+            for kind in limits
+        }
+        open_strata = [name for name, row in verdicts.items() if row.kind in limits]
+        if not open_strata:
+            undecided = [name for name, row in verdicts.items() if row.kind == "undecided"]
+            return Plan("stop", (), f"undecided: {', '.join(undecided)}" if undecided else "every stratum is done")
+        if not any(wanted.values()):
+            return Plan("stop", (), f"stages per stratum are used up for {', '.join(open_strata)}")
+        if len(trained) >= budget.stages:
+            return Plan("stop", (), f"the budget of {budget.stages} training stages is used up")
+        if budget.minutes is not None and self._minutes() >= budget.minutes:
+            return Plan("stop", (), f"the budget of {budget.minutes:g} minutes is used up")
+        kind = "bridge" if wanted["bridge"] else "sharpen"
+        return Plan(kind, wanted[kind], f"{kind} {', '.join(wanted[kind])}")
+
+    # -- the base model ------------------------------------------------------------------------------------
+
+    def base_model(self) -> str:
+        """The model the run starts from; made from nothing, and taught the answer form, where none is named."""
+        settings = self.settings.model
+        if settings.path is not None:
+            return self._remember_base(settings.path)
+        made = self.folder / "models" / "from-nothing"
+        if not made.is_dir():
+            texts = sorted({text for item in self.items.split("train") for text in item_texts(item)})
+            self.reporter.say(f"making a {settings.from_nothing.architecture} from nothing in {made}")
+            init_model(made, settings.from_nothing, texts, seed=self.settings.seed)
+        if settings.from_nothing.format_steps == 0:
+            return self._remember_base(self._relative(made))
+        strata = sorted({item.stratum(self.strata_keys) for item in self.items.split("train")})
+        stage = self._stage_of(0, ("format",)) or self._begin(0, "format", self._relative(made), strata)
+        if stage.status == "running":
+            plan = self.settings.sft.model_copy(
+                update={"steps": settings.from_nothing.format_steps, "source": "answers", "replay_share": 0.0}
+            )
+            examples = _RandomAnswers(self.items.split("train"), self)
+            stage = self._train_supervised(stage, examples, None, plan, {"source": "random answers"})
+        return self._remember_base(_result(stage))
+
+    def _remember_base(self, model: str) -> str:
+        self.ledger.set_meta("base_model", model)
+        return model
+
+    # -- measuring -----------------------------------------------------------------------------------------
+
+    def diagnose(self, round: int, model: str) -> dict[str, VerdictRow]:
+        """Measure support on the diagnosis split and judge every stratum."""
+        stage = self._stage_of(round, ("diagnose",)) or self._begin(round, "diagnose", model, ())
+        if stage.status == "running":
+            strata = self._split(self.settings.diagnosis.split)
+            rows = run_measurement(
+                self.ledger, stage, self._engine(stage.model), strata, self.settings, self.reporter, widen=True
+            )
+            summary = summarise_sampling(self.ledger, stage)
+            self.ledger.finish_stage(stage.stage_id, result_model=None, summary=summary, verdicts=rows)
+        return self.ledger.verdicts(stage.stage_id)
+
+    def evaluate(self, model: str) -> dict[str, VerdictRow]:
+        """Measure a model on the held-out test split, beside the most frequent answer; nothing is trained on it."""
+        split = self.settings.diagnosis.test_split
+        if split is None or not self.items.split(split):
+            return {}
+        known = [s for s in self.ledger.stages() if s.kind == "evaluate" and s.model == model]
+        stage = known[0] if known else self._begin(self._last_round(), "evaluate", model, ())
+        if stage.status == "running":
+            strata = self._split(split)
+            rows = run_measurement(
+                self.ledger, stage, self._engine(model), strata, self.settings, self.reporter, widen=False
+            )
+            baseline = frequent_answer_baseline(self.items.split("train"), strata, self.settings)
+            summary = {**summarise_sampling(self.ledger, stage), "split": split, "baseline": baseline}
+            self.ledger.finish_stage(stage.stage_id, result_model=None, summary=summary, verdicts=rows)
+        return self.ledger.verdicts(stage.stage_id)
+
+    def _split(self, name: str) -> dict[str, list[Item]]:
+        items = self.items.split(name)
+        if not items:
+            have = Counter(item.split for item in self.items.items)
+            raise MedbridgeError(
+                f"the data has no items of split {name!r} (it has {dict(have)}). Name another split under "
+                "diagnosis.split, or add a source."
+            )
+        self.ledger.add_items(items, self.strata_keys)
+        return by_stratum(items, self.strata_keys, self.settings.seed)
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def bridge(self, round: int, model: str, strata: Sequence[str]) -> str:
+        """Supervised fine-tuning on the training items of weak strata; returns the new model's folder."""
+        stage = self._stage_of(round, ("bridge",)) or self._begin(round, "bridge", model, strata)
+        if stage.status == "running":
+            items, others = self._training_items(stage.strata)
+            settings = self.settings.sft
+            if settings.source == "traces":
+                items = [item for item in items if item.trace]
+                if not items:
+                    raise MedbridgeError("sft.source is traces, and no training item has one. Use auto or answers.")
+            examples: Examples = _Answers(items, self)
+            if settings.source == "rejection":
+                examples = _Accepted(self._rejection_sample(stage, items))
+            replay = _Answers(others, self) if others else None
+            stage = self._train_supervised(stage, examples, replay, settings, {"source": settings.source})
+        return _result(stage)
+
+    def _train_supervised(
+        self, stage: Stage, examples: Examples, replay: Examples | None, settings: Any, summary: dict[str, Any]
+    ) -> Stage:
+        policy = Policy.load(str(self._path(stage.model)), self.settings.model, trainable=True)
+        with self.reporter.task(f"{stage.kind}: SFT", settings.steps, "steps") as meter:
+
+            def on_step(step: int, metrics: dict[str, float], ids: list[str]) -> None:
+                self.ledger.log_step(stage.stage_id, step, metrics, ids)
+                meter.advance(1, f"loss {metrics['loss']:.3f}")
+
+            def on_start(step: int) -> None:
+                self.ledger.rewind(stage.stage_id, step)
+                meter.advance(step)
+
+            train_sft(
+                policy, examples, replay, settings, model=self.settings.model, prompts=self.settings.data.prompt,
+                images=self.images, seed=self._seed(stage), checkpoints=self._checkpoints(stage),
+                on_start=on_start, on_step=on_step,
+            )  # fmt: skip
+        return self._finish_training(stage, policy, {**summary, "items": len(examples)})
+
+    def _rejection_sample(self, stage: Stage, items: Sequence[Item]) -> list[Example]:
+        """The model's own correct, well-formed completions of training items, each different one once."""
+        settings = self.settings
+        done = self.ledger.sampled(stage.stage_id)
+        numbers = tuple(range(settings.sft.rejection_samples))
+        requests = [
+            Request(item, numbers, tuple(permutation(item, settings.seed, number) for number in numbers))
+            for item in items
+            if item.id not in done
+        ]
+        by_id = {item.id: item for item in items}
+        sampling = SamplingSettings(**settings.rollout.model_dump(include=set(SamplingSettings.model_fields)))
+        if requests:
+            engine = self._engine(stage.model)
+            with self.reporter.task("bridge: sampling own answers", len(requests), "items") as meter:
+                for batch in engine.generate(requests, sampling, seed=self._seed(stage)):
+                    self.ledger.save_rollouts(stage.stage_id, 0, [self._grade(rollout, by_id) for rollout in batch])
+                    meter.advance(len({rollout.item_id for rollout in batch}))
+        accepted = {
+            (entry.rollout.item_id, entry.rollout.permutation, entry.rollout.text)
+            for entry in self.ledger.rollouts(stage.stage_id, step=0)
+            if entry.outcome.status == "correct" and entry.outcome.well_formed
+        }
+        if not accepted:
+            raise MedbridgeError(
+                "sft.source is rejection, and the model gave no correct, well-formed answer to any training item of "
+                f"{', '.join(stage.strata)}: there is nothing to imitate. Use sft.source auto, or more "
+                "sft.rejection_samples."
+            )
+        return [Example(by_id[item_id], order, text) for item_id, order, text in sorted(accepted)]
+
+    def sharpen(self, round: int, model: str, strata: Sequence[str]) -> str:
+        """GRPO on the training items of supported strata; returns the new model's folder."""
+        stage = self._stage_of(round, ("sharpen",)) or self._begin(round, "sharpen", model, strata)
+        if stage.status == "done":
+            return _result(stage)
+        items, _ = self._training_items(stage.strata)
+        by_id = {item.id: item for item in items}
+        settings = self.settings.rl
+        policy = Policy.load(str(self._path(stage.model)), self.settings.model, trainable=True)
+        engine = self._engine_for(policy)
+        seed = self._seed(stage)
+
+        def sample(step: int, requests: Sequence[Request], sampling: SamplingSettings) -> list[Graded]:
+            stored = self.ledger.rollouts(stage.stage_id, step=step)
+            have = {(entry.rollout.item_id, entry.rollout.sample) for entry in stored}
+            missing = [r for r in requests if (r.item.id, r.samples[0]) not in have]
+            for batch in engine.generate(missing, sampling, seed=seed + step):
+                graded = [self._grade(rollout, by_id, settings.format_weight) for rollout in batch]
+                self.ledger.save_rollouts(stage.stage_id, step, graded)
+            # read back, so that a resumed step trains on the very bytes that this one does
+            return self.ledger.rollouts(stage.stage_id, step=step)
+
+        with self.reporter.task("sharpen: GRPO", settings.steps, "steps") as meter:
+
+            def on_step(step: int, metrics: dict[str, float], ids: list[str]) -> None:
+                self.ledger.log_step(stage.stage_id, step, metrics, ids)
+                meter.advance(1, f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}")
+
+            def on_start(step: int) -> None:
+                self.ledger.rewind(stage.stage_id, step)
+                meter.advance(step)
+
+            train_rl(
+                policy, items, settings, sample, model=self.settings.model, prompts=self.settings.data.prompt,
+                images=self.images, max_new_tokens=self.settings.rollout.max_new_tokens, seed=seed,
+                checkpoints=self._checkpoints(stage), on_start=on_start, on_step=on_step,
+            )  # fmt: skip
+        return _result(self._finish_training(stage, policy, {"items": len(items)}))
+
+    def _finish_training(self, stage: Stage, policy: Policy, summary: dict[str, Any]) -> Stage:
+        folder = self.folder / "models" / f"{stage.stage_id:02d}-{stage.kind}"
+        policy.save(folder)
+        losses = [value for _, value in self.ledger.metrics(stage.stage_id).get("loss", [])]
+        summary |= {
+            "seconds": time.time() - stage.started,
+            "steps": len(losses),
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+        }
+        done = self.ledger.finish_stage(stage.stage_id, result_model=self._relative(folder), summary=summary)
+        shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
+        return done
+
+    def _training_items(self, strata: Sequence[str]) -> tuple[list[Item], list[Item]]:
+        """Training items of the strata, and of all others."""
+        train = self.items.split("train")
+        known = {item.stratum(self.strata_keys) for item in train}
+        for name in strata:
+            if name not in known:
+                raise MedbridgeError(
+                    f"no training items of stratum {name!r}; training strata are: {', '.join(sorted(known)) or 'none'}."
+                )
+        chosen = [item for item in train if item.stratum(self.strata_keys) in strata]
+        self.ledger.add_items(chosen, self.strata_keys)
+        return chosen, [item for item in train if item.stratum(self.strata_keys) not in strata]
+
+    # -- small things --------------------------------------------------------------------------------------
+
+    def _grade(self, rollout: Any, by_id: Mapping[str, Item], format_weight: float | None = None) -> Graded:
+        outcome = grade(by_id[rollout.item_id], rollout.permutation, rollout.text, self.settings.data.prompt)
+        return Graded(rollout, outcome, None if format_weight is None else reward(outcome, format_weight))
+
+    def _engine(self, model: str) -> Engine:
+        return self._engine_for(Policy.load(str(self._path(model)), self.settings.model))
+
+    def _engine_for(self, policy: Policy) -> Engine:
+        return TransformersEngine(
+            policy, self.settings.data.prompt, self.images, batch_size=self.settings.rollout.batch_size
+        )
+
+    def _begin(self, round: int, kind: str, model: str, strata: Sequence[str]) -> Stage:
+        sections = {"format": ["sft"], "bridge": ["sft"], "sharpen": ["rl"]}.get(kind, ["diagnosis", "gate"])
+        plan = self.settings.model_dump(mode="json", include=set(sections))
+        return self.ledger.begin_stage(round=round, kind=kind, model=model, strata=strata, plan=plan)
+
+    def _stage_of(self, round: int, kinds: Sequence[str]) -> Stage | None:
+        return next((s for s in self.ledger.stages() if s.round == round and s.kind in kinds), None)
+
+    def _last_round(self) -> int:
+        return max((stage.round for stage in self.ledger.stages()), default=0)
+
+    def _minutes(self) -> float:
+        return sum(((s.finished or time.time()) - s.started) / 60 for s in self.ledger.stages())
+
+    def _seed(self, stage: Stage) -> int:
+        return self.settings.seed + 1000 * stage.stage_id
+
+    def _checkpoints(self, stage: Stage) -> Path:
+        return self.folder / "checkpoints" / f"{stage.stage_id:02d}-{stage.kind}"
+
+    def _path(self, model: str) -> Path | str:
+        inside = self.folder / model
+        return inside if model.startswith("models/") and inside.is_dir() else model
+
+    def _relative(self, folder: Path) -> str:
+        return folder.relative_to(self.folder).as_posix()
+
+    def _check_settings(self) -> None:
+        """Store the settings, or hold a resumed run to those that its results so far came from."""
+        new = self.settings.model_dump(mode="json")
+        old = self.ledger.meta("config")
+        if old is not None:
+            free = {"name", "budget"}  # may change: they decide how far a run goes, not what it finds
+            changed = [key for key in _differences(old, new) if key.split(".")[0] not in free]
+            if changed:
+                raise MedbridgeError(
+                    f"{self.folder}: this run was begun with other settings ({', '.join(changed[:8])}). Its results "
+                    "would mix. Give the settings it was begun with (its config.yaml), or another run folder."
+                )
+        self.ledger.set_meta("config", new)
+        self.ledger.set_meta("name", self.settings.name)
+        self.ledger.set_meta("environment", environment())
+        (self.folder / "config.yaml").write_text(dump_config(self.settings), encoding="utf-8")
+
+
+class _Answers:
+    """Supervised completions of items; the option order changes with each visit."""
+
+    def __init__(self, items: Sequence[Item], run: Run) -> None:
+        self.items = items
+        self.run = run
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def example(self, index: int, visit: int) -> Example:
+        item = self.items[index]
+        settings = self.run.settings
+        order = permutation(item, settings.seed + 1, visit)
+        bare = settings.sft.source == "answers" and item.trace is not None
+        shown = _without_trace(item) if bare else item
+        return Example(item, order, target_completion(shown, order, settings.data.prompt))
+
+
+class _RandomAnswers(_Answers):
+    """Completions in the right form with an answer drawn at random: they teach the form and nothing else."""
+
+    def example(self, index: int, visit: int) -> Example:
+        item = self.items[index]
+        settings = self.run.settings
+        order = permutation(item, settings.seed + 1, visit)
+        choices = item.options or tuple(sorted({i.answer for i in self.items if i.options is None}))
+        drawn = int(torch.randint(len(choices), (), generator=seeded(settings.seed, item.id, visit)))
+        guess = _with_answer(item, choices[drawn])
+        return Example(item, order, target_completion(guess, order, settings.data.prompt))
+
+
+class _Accepted:
+    """Completions that were sampled and found correct."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def example(self, index: int, visit: int) -> Example:
+        return self.examples[index]
+
+
+def _without_trace(item: Item) -> Item:
+    return replace(item, trace=None)
+
+
+def _with_answer(item: Item, answer: str) -> Item:
+    return replace(item, answer=answer, trace=None)
+
+
+def item_texts(item: Item) -> list[str]:
+    """The texts of an item that a tokenizer should know."""
+    return [item.question, item.answer, *(item.options or ()), *([item.trace] if item.trace else [])]
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for the record."""
+    found = {"medbridge": medbridge.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    for package in ("torch", "transformers", "peft", "numpy", "vllm", "flash-attn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    found["threads"] = str(torch.get_num_threads())
+    return found
+
+
+def _result(stage: Stage) -> str:
+    assert stage.result_model is not None
+    return stage.result_model
+
+
+def _lock(folder: Path) -> IO[str]:
+    handle = (folder / "run.lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise MedbridgeError(
+            f"{folder}: another medbridge process is working in this run folder. Wait for it, or use another folder."
+        ) from None
+    return handle
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            key
+            for name in sorted(old.keys() | new.keys())
+            for key in _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        ]
+    return [] if old == new else [prefix]

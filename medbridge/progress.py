@@ -1,0 +1,60 @@
+"""Progress on the terminal: a bar with rate and time left for what takes longer than a moment, on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class Meter:
+    """One running task."""
+
+    def __init__(self, progress: Progress, task: int) -> None:
+        self._progress = progress
+        self._task = task
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more units done; `note` is shown beside the bar."""
+        self._progress.update(self._task, advance=count, note=note)  # type: ignore[arg-type]
+
+
+class _Rate(ProgressColumn):
+    """Units done per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g} {task.fields['unit']}/s", style="cyan")
+
+
+class Reporter:
+    """Where a run says what it does. `console` is stderr, so that `--json` output stays clean."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str) -> Iterator[Meter]:
+        """A bar for `total` units of work; where stderr is no terminal, one line when it ends."""
+        progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), _Rate(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            console=self.console, refresh_per_second=4,
+        )  # fmt: skip
+        with progress:
+            yield Meter(progress, progress.add_task(description, total=total, unit=unit, note=""))

@@ -1,0 +1,349 @@
+"""The report as one HTML file that needs nothing else: no network, no script, every text escaped."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from medbridge.report import charts
+from medbridge.report.charts import Series, figure
+from medbridge.report.collect import (
+    Estimate,
+    Measurement,
+    Piece,
+    RunView,
+    Sample,
+    StageView,
+    StratumView,
+    collect,
+    duration,
+    excerpt,
+    short,
+)
+from medbridge.report.images import Embedder, Picture
+from medbridge.report.text import clean
+
+IMAGE_BYTES = 1_500_000
+"""Budget of the embedded images: about half of a file of at most 3 MB, which mail and web viewers take."""
+
+_COMPLETION_CHARACTERS = 360
+"""Characters of a completion that are shown at once; the rest is folded away."""
+
+_FOLDED_CHARACTERS = 4_000
+"""Characters of one folded completion at most, and a share of `_FOLDED_IN_ALL` where there are many."""
+
+_FOLDED_IN_ALL = 300_000
+
+_CONFIG_CHARACTERS = 60_000
+
+_FEW_STRATA = 12
+"""Up to this many strata, the header says one sentence for each; more are counted and folded away."""
+
+METRICS = {
+    "reward": "Reward",
+    "accuracy": "Accuracy of samples",
+    "format": "Well-formed answers",
+    "loss": "Loss",
+    "signal": "Groups with unequal rewards",
+    "entropy": "Entropy (nats)",
+    "kl": "KL to the reference",
+    "completion_length": "Completion length (tokens)",
+    "learning_rate": "Learning rate",
+    "gradient_norm": "Gradient norm",
+    "tokens_per_second": "Tokens per second",
+    "clip_low": "Clipped at the low end",
+    "clip_high": "Clipped at the high end",
+    "seconds_sampling": "Seconds sampling",
+    "seconds_training": "Seconds training",
+}
+
+_SHOWN_METRICS = {
+    "reward",
+    "accuracy",
+    "format",
+    "loss",
+    "signal",
+    "entropy",
+    "completion_length",
+    "learning_rate",
+}
+"""Metrics that are drawn in sight; the others are folded away."""
+
+
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write the report of a run, at any moment of the run's life.
+
+    Args:
+        run_dir: folder that holds `run.sqlite`; it is only read.
+        out: file to write; None writes `report.html` into the run folder. It is replaced in one step, so
+            that a reader never sees half a report.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        MedbridgeError: there is no run database, or it can't be read.
+    """
+    path = run_dir / "report.html" if out is None else out
+    content = render(collect(run_dir)).encode("utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)  # mkstemp's files are the owner's only
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def render(view: RunView) -> str:
+    """The report as HTML text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    environment.filters |= {
+        "two": two,
+        "percent": _percent,
+        "count": lambda value: f"{value:,}",
+        "duration": duration,
+        "when": _when,
+        "short": short,
+        "figure": figure,
+        "plain": lambda text: clean(str(text), bidi=False),
+    }
+    page = _Page(view)
+    return environment.get_template("report.html.j2").render(run=view, page=page, few=_FEW_STRATA)
+
+
+def _finalize(value: Any) -> Any:
+    """What a template prints goes through here: None prints nothing, and no text can break the file."""
+    if value is None:
+        return ""
+    return clean(value) if type(value) is str else value
+
+
+def two(value: float | None) -> str:
+    """A share with two decimals and a true minus sign; a dash where it isn't known."""
+    return "\u2013" if value is None else f"{value:.2f}".replace("-", "\u2212")
+
+
+def _percent(value: float | None) -> str:
+    return "\u2013" if value is None else f"{100 * value:.0f} %"
+
+
+def _when(moment: float | None) -> str:
+    return "" if moment is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
+
+
+class _Page:
+    """What the template asks for beyond the view: drawings, pictures, and texts put together."""
+
+    def __init__(self, view: RunView) -> None:
+        self._view = view
+        self._embedder = Embedder(IMAGE_BYTES)
+        measured = [m for stratum in view.strata for m in stratum.measured]
+        lows = [end for m in measured if m.support for end in (m.support.low, m.support.value) if end is not None]
+        # One scale for all bars; support falls below 0 where a model does worse than guessing.
+        self._support_domain = (max(-1.0, _floor_quarter(min([0.0, *lows]))), 1.0)
+        completions = sum(len(sample.completions) for stratum in view.strata for sample in stratum.samples)
+        self._folded = min(_FOLDED_CHARACTERS, _FOLDED_IN_ALL // max(1, completions))
+
+    # -- bars ------------------------------------------------------------------------------------------------
+
+    def support_bar(self, stratum: StratumView, measurement: Measurement) -> Markup:
+        value = measurement.support
+        return self._bar(
+            value,
+            f"{stratum.name}, {measurement.label}: support above the floor",
+            style="after" if measurement is stratum.latest and len(stratum.measured) > 1 else "before",
+            domain=self._support_domain,
+            references=self._threshold(),
+        )
+
+    def support_scale(self) -> Markup:
+        return charts.scale(self._support_domain, self._threshold())
+
+    def accuracy_bar(self, name: str, value: Estimate | None, style: str, chance: float | None) -> Markup:
+        references = [] if chance is None else [(chance, "floor", f"guessing: {two(chance)}")]
+        target = self._view.accuracy_target
+        if target is not None:
+            references.append((target, "target", f"target: {two(target)}"))
+        return self._bar(value, f"{name}: Acc@1", style=style, references=references)
+
+    def accuracy_scale(self) -> Markup:
+        target = self._view.accuracy_target
+        return charts.scale((0.0, 1.0), [] if target is None else [(target, "target", "")])
+
+    def _threshold(self) -> list[tuple[float, str, str]]:
+        threshold = self._view.threshold
+        return [] if threshold is None else [(threshold, "threshold", f"threshold: {two(threshold)}")]
+
+    def _bar(self, value: Estimate | None, title: str, **how: Any) -> Markup:
+        said = "not measured" if value is None else f"{two(value.value)} {interval(value)}".strip()
+        return charts.interval_bar(
+            value.value if value else None,
+            value.low if value else None,
+            value.high if value else None,
+            title=f"{short(title)}: {said}",
+            **how,
+        )
+
+    def interval(self, value: Estimate | None) -> str:
+        return interval(value)
+
+    # -- charts ----------------------------------------------------------------------------------------------
+
+    def curves(self, stratum: StratumView) -> Markup:
+        latest = stratum.latest
+        if latest is None:
+            return Markup("")
+        shown = _base_and_latest(stratum)
+        ks = max((m.ks for m in shown), key=len)
+        series = [
+            Series(
+                m.label,
+                "after" if index else "before",
+                _padded(m.pass_at_k.value, len(ks)),
+                _padded(m.pass_at_k.low, len(ks)),
+                _padded(m.pass_at_k.high, len(ks)),
+                (m.acc_at_1.value, m.acc_at_1.low, m.acc_at_1.high) if m.acc_at_1 else None,
+            )
+            for index, m in enumerate(shown)
+        ]
+        floor = max((m.floor for m in shown), key=len)
+        said = [
+            f"{m.label}: Pass@{m.n_min} {two(m.raw_pass)} where guessing reaches {two(m.raw_floor)}, "
+            f"Acc@1 {two(m.acc_at_1.value if m.acc_at_1 else None)}"
+            for m in shown
+        ]
+        return charts.pass_at_k_chart(
+            ks,
+            series,
+            _padded(floor, len(ks)),
+            gate_k=latest.k,
+            title=f"Pass@k of {short(stratum.name, 60)}",
+            description=". ".join(said),
+        )
+
+    def curve_table(self) -> tuple[list[int], list[tuple[str, str, list[float | None]]]]:
+        """The ks to tabulate, and rows (stratum, what, value at each k)."""
+        everything = {k for s in self._view.strata for m in _base_and_latest(s) for k in m.ks}
+        ks = [k for k in sorted(everything) if k & (k - 1) == 0 or k == max(everything)]
+        rows = []
+        for stratum in self._view.strata:
+            for m in _base_and_latest(stratum):
+                rows.append((stratum.name, m.label, [_at(m.ks, m.pass_at_k.value, k) for k in ks]))
+            if stratum.latest is not None:
+                last = stratum.latest
+                rows.append((stratum.name, "Guessing", [_at(last.ks, last.floor, k) for k in ks]))
+        return ks, rows
+
+    def training_charts(self, stage: StageView) -> tuple[list[tuple[str, Markup]], list[tuple[str, Markup]]]:
+        """Drawings of the stage's metrics as (name, drawing): those in sight, and those folded away."""
+        order = [*METRICS, *sorted(stage.metrics.keys() - METRICS.keys())]
+        drawn = [
+            (name, METRICS.get(name, short(name, 40)), stage.metrics[name]) for name in order if name in stage.metrics
+        ]
+        shown: list[tuple[str, Markup]] = []
+        folded: list[tuple[str, Markup]] = []
+        for name, label, points in drawn:
+            drawing = charts.training_chart(points, title=f"{stage.title}: {label}")
+            (shown if name in _SHOWN_METRICS else folded).append((label, drawing))
+        return shown, folded
+
+    def share_bar(self, sample: Sample) -> Markup:
+        parts = [("correct", sample.correct), ("wrong", sample.wrong), ("abstain", sample.abstained)]
+        return charts.share_bar(parts, title=self.fate(sample))
+
+    def fate(self, sample: Sample) -> str:
+        """How an item's samples came out, in words."""
+        counts = [
+            (sample.correct, "correct"),
+            (sample.wrong, "wrong"),
+            (sample.abstained, "without a readable answer"),
+        ]
+        said = ", ".join(f"{count} {what}" for count, what in counts if count)
+        return f"{sample.n} samples: {said}" if said else "no samples"
+
+    # -- words -----------------------------------------------------------------------------------------------
+
+    def rows(self, stratum: StratumView) -> list[Measurement]:
+        return _base_and_latest(stratum)
+
+    def k_range(self, measurement: Measurement) -> str:
+        low, high = measurement.n_min, measurement.n_max
+        return f"{low}" if low == high else f"{low} to {high}"
+
+    def tally(self) -> str:
+        """How many strata stand where, for a header with too many strata to name: "31 done, 12 bridge"."""
+        kinds = [stratum.verdict or "not measured" for stratum in self._view.strata]
+        names = ["done", "sharpen", "bridge", "undecided"]
+        order = [*names, *sorted(set(kinds) - set(names))]
+        return ", ".join(f"{kinds.count(kind)} {kind}" for kind in order if kind in kinds)
+
+    def timeline(self) -> list[StageView]:
+        return [stage for stage in self._view.stages if stage.kind != "evaluate"]
+
+    def training(self) -> list[StageView]:
+        return [stage for stage in self._view.stages if stage.trains]
+
+    def pictures(self, paths: Sequence[str]) -> list[Picture]:
+        return [self._embedder.embed(path) for path in paths[:4]]
+
+    def pieces(self, text: str, span: tuple[int, int] | None) -> list[Piece]:
+        return excerpt(text, span, _COMPLETION_CHARACTERS)
+
+    def folded(self, text: str, span: tuple[int, int] | None) -> list[Piece]:
+        """More of a long completion; nothing for one that is shown as it is."""
+        return excerpt(text, span, self._folded) if len(text) > _COMPLETION_CHARACTERS else []
+
+    def letter(self, position: int) -> str:
+        return f"{chr(ord('A') + position)})" if self._view.letters and position < 26 else ""
+
+    def configuration(self) -> str:
+        if self._view.config is None:
+            return ""
+        text = yaml.safe_dump(self._view.config, sort_keys=False, allow_unicode=True, width=100)
+        if len(text) > _CONFIG_CHARACTERS:
+            return f"{text[:_CONFIG_CHARACTERS]}\n… {len(text) - _CONFIG_CHARACTERS:,} characters left out"
+        return text
+
+
+def interval(value: Estimate | None) -> str:
+    """The interval in words, "0.12 to 0.34"; empty where there is none."""
+    if value is None or value.low is None or value.high is None:
+        return ""
+    return f"{two(value.low)} to {two(value.high)}"
+
+
+def _base_and_latest(stratum: StratumView) -> list[Measurement]:
+    measured = stratum.measured
+    return [measured[0], measured[-1]] if len(measured) > 1 else list(measured)
+
+
+def _floor_quarter(value: float) -> float:
+    return -((-value * 4 + 0.999999) // 1) / 4 if value < 0 else 0.0
+
+
+def _padded(values: Sequence[float | None], size: int) -> list[float | None]:
+    return [*values, *[None] * (size - len(values))]
+
+
+def _at(ks: Sequence[int], values: Sequence[float | None], k: int) -> float | None:
+    return values[ks.index(k)] if k in ks else None

@@ -1,0 +1,204 @@
+"""The rollout engine on plain transformers: runs wherever torch runs, with one prefill per item.
+
+All samples of an item share its images and its question; only the order of the options differs. So a batch is
+prefilled in two steps: what an item's prompts have in common once per item, then each option order's remaining
+tokens on a copy of that cache. All samples are decoded together from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from medbridge.data.images import ImageCache
+from medbridge.data.prompts import PromptSettings
+from medbridge.model.policy import EncodedPrompt, Policy, merge_vision
+from medbridge.rollout.engine import GREEDY, Request, Rollout, SamplingSettings
+from medbridge.rollout.sampling import draw, uniforms
+
+
+@dataclass(slots=True)
+class _State:
+    """Rows being decoded: the cache, which cache slots each row may see, and each row's next position."""
+
+    cache: DynamicCache
+    mask: Tensor  # [rows, slots]
+    position: Tensor  # [rows]
+    logits: Tensor  # [rows, vocabulary]
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.reorder_cache(rows)
+        self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
+
+
+class TransformersEngine:
+    """Samples from a `Policy` that lives in this process, so that its weights are always the trainer's."""
+
+    name = "transformers"
+
+    def __init__(self, policy: Policy, prompts: PromptSettings, images: ImageCache, *, batch_size: int) -> None:
+        """`batch_size` is the largest number of completions decoded together."""
+        self.policy = policy
+        self.prompts = prompts
+        self.images = images
+        self.batch_size = batch_size
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingSettings, *, seed: int
+    ) -> Iterator[list[Rollout]]:
+        batch: list[Request] = []
+        rows = 0
+        for request in requests:
+            if batch and rows + len(request.samples) > self.batch_size:
+                yield self._generate(batch, sampling, seed)
+                batch, rows = [], 0
+            batch.append(request)
+            rows += len(request.samples)
+        if batch:
+            yield self._generate(batch, sampling, seed)
+
+    @torch.inference_mode()
+    def _generate(self, requests: Sequence[Request], sampling: SamplingSettings, seed: int) -> list[Rollout]:
+        training = self.policy.model.training
+        self.policy.model.eval()
+        try:
+            with self.policy.autocast():
+                return self._decode(requests, sampling, seed)
+        finally:
+            self.policy.model.train(training)
+
+    def _decode(self, requests: Sequence[Request], sampling: SamplingSettings, seed: int) -> list[Rollout]:
+        policy, device = self.policy, self.policy.device
+        units: list[list[EncodedPrompt]] = []  # prompts that share a prefix
+        variant_of_row: list[int] = []
+        variants = 0
+        for request in requests:
+            orders = list(dict.fromkeys(request.permutations))
+            prompts = policy.encode(request.item, orders, self.prompts, self.images)
+            # Padding between prefix and suffix shortens a sliding window: such models prefill whole prompts.
+            units.extend([prompts] if policy.full_attention else [[prompt] for prompt in prompts])
+            variant_of_row.extend(variants + orders.index(order) for order in request.permutations)
+            variants += len(orders)
+        state = self._prefill(units)
+        state.select(torch.tensor(variant_of_row, device=device))
+
+        samples = [(request.item.id, sample) for request in requests for sample in request.samples]
+        limit = sampling.max_new_tokens
+        noise = torch.from_numpy(np.stack([uniforms(seed, item_id, sample, limit) for item_id, sample in samples])).to(
+            device
+        )
+        temperature = torch.tensor(
+            [0.0 if sample == GREEDY else sampling.temperature for _, sample in samples], device=device
+        )
+        stops = torch.tensor(policy.stop_ids, device=device)
+        rows = len(samples)
+        tokens = torch.zeros(rows, limit, dtype=torch.long, device=device)
+        logprobs = torch.zeros(rows, limit, device=device)
+        lengths = torch.full((rows,), limit, device=device)
+        stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        alive = torch.arange(rows, device=device)  # the row that each decoded row belongs to
+        for step in range(limit):
+            token, logprob = draw(state.logits, temperature[alive], sampling.top_p, noise[alive, step])
+            tokens[alive, step], logprobs[alive, step] = token, logprob
+            ended = torch.isin(token, stops)
+            lengths[alive[ended]], stopped[alive[ended]] = step + 1, True
+            going = (~ended).nonzero()[:, 0]
+            if len(going) == 0 or step + 1 == limit:
+                break
+            if len(going) < len(alive):
+                state.select(going)
+                alive, token = alive[going], token[going]
+            self._advance(state, token)
+
+        rollouts = []
+        tokens_cpu, logprobs_cpu = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        flat = [prompt for unit in units for prompt in unit]
+        row = 0
+        for request in requests:
+            for sample, order in zip(request.samples, request.permutations, strict=True):
+                length, done = int(lengths[row]), bool(stopped[row])
+                ids = tokens_cpu[row, :length]
+                rollouts.append(
+                    Rollout(
+                        item_id=request.item.id, sample=sample, permutation=order,
+                        text=policy.decode(ids[: length - done].tolist()),
+                        token_ids=ids.astype(np.int32), logprobs=logprobs_cpu[row, :length].astype(np.float32),
+                        finish_reason="stop" if done else "length",
+                        prompt_tokens=len(flat[variant_of_row[row]].ids),
+                    )
+                )  # fmt: skip
+                row += 1
+        return rollouts
+
+    def _prefill(self, units: Sequence[Sequence[EncodedPrompt]]) -> _State:
+        """Prefill each unit's common prefix once, then each of its prompts' remaining tokens."""
+        policy, device = self.policy, self.policy.device
+        cuts = [_common_prefix([prompt.ids for prompt in unit]) for unit in units]
+        firsts = [unit[0] for unit in units]
+        ids, mask, positions, types = self._left_pad(
+            [(prompt, 0, cut) for prompt, cut in zip(firsts, cuts, strict=True)]
+        )
+        cache = DynamicCache(config=policy.model.config.get_text_config())
+        policy.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=policy.positions_argument(positions),
+            past_key_values=cache, use_cache=True,
+            **policy.type_argument(types), **merge_vision(firsts, device),
+        )  # fmt: skip
+        unit_of = torch.tensor([index for index, unit in enumerate(units) for _ in unit], device=device)
+        if len(unit_of) > len(units):
+            cache.reorder_cache(unit_of)
+        suffixes = [(prompt, cut, len(prompt.ids)) for unit, cut in zip(units, cuts, strict=True) for prompt in unit]
+        ids, suffix_mask, positions, _ = self._left_pad(suffixes)
+        mask = torch.cat([mask[unit_of], suffix_mask], dim=1)
+        hidden = policy.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=policy.positions_argument(positions),
+            past_key_values=cache, use_cache=True,
+        ).last_hidden_state[:, -1]  # fmt: skip
+        position = torch.tensor([prompt.next_position for prompt, _, _ in suffixes], device=device)
+        return _State(cache, mask, position, policy.head(hidden))
+
+    def _left_pad(
+        self, parts: Sequence[tuple[EncodedPrompt, int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The tokens [start, end) of each prompt, padded on the left: ids, mask, positions and type ids."""
+        longest = max(end - start for _, start, end in parts)
+        ids = torch.full((len(parts), longest), int(self.policy.tokenizer.pad_token_id or 0))
+        mask = torch.zeros_like(ids)
+        positions = torch.zeros(parts[0][0].positions.shape[0], len(parts), longest, dtype=torch.long)
+        types = torch.zeros_like(ids) if parts[0][0].type_ids is not None else None
+        for row, (prompt, start, end) in enumerate(parts):
+            at = longest - (end - start)
+            ids[row, at:] = prompt.ids[start:end]
+            mask[row, at:] = 1
+            positions[:, row, at:] = prompt.positions[:, start:end]
+            if types is not None and prompt.type_ids is not None:
+                types[row, at:] = prompt.type_ids[start:end]
+        device = self.policy.device
+        return ids.to(device), mask.to(device), positions.to(device), None if types is None else types.to(device)
+
+    def _advance(self, state: _State, token: Tensor) -> None:
+        """Feed each row its token."""
+        state.mask = torch.cat([state.mask, state.mask.new_ones(len(token), 1)], dim=1)
+        axes = 3 if self.policy.uses_mrope else 1
+        hidden = self.policy.model.base_model(
+            input_ids=token[:, None], attention_mask=state.mask,
+            position_ids=self.policy.positions_argument(state.position.expand(axes, -1)[..., None]),
+            past_key_values=state.cache, use_cache=True,
+        ).last_hidden_state[:, -1]  # fmt: skip
+        state.position = state.position + 1
+        state.logits = self.policy.head(hidden)
+
+
+def _common_prefix(sequences: Sequence[Tensor]) -> int:
+    """How many leading tokens all sequences share, leaving at least the last token of each."""
+    shortest = min(len(sequence) for sequence in sequences) - 1
+    if len(sequences) == 1:
+        return shortest
+    stacked = torch.stack([sequence[:shortest] for sequence in sequences])
+    differs = (stacked != stacked[0]).any(0).nonzero()
+    return int(differs[0]) if len(differs) else shortest
