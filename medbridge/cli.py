@@ -11,8 +11,9 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,6 +80,13 @@ StrataOption = Annotated[
     typer.Option("--stratum", "-s", help="Stratum to train on; repeatable. Default: by the last verdicts.", show_default=False),
 ]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+class OnBad(StrEnum):
+    """What a bad row does."""
+
+    error = "error"
+    skip = "skip"
 
 
 def _version(value: bool) -> None:
@@ -261,7 +269,81 @@ def config_command(
 
 
 # -- data --------------------------------------------------------------------------------------------------------
-"""DATA COMMANDS"""
+
+
+@data_app.command("import")
+def data_import(
+    source: Annotated[str, typer.Argument(metavar="KIND[:PATH]", help="Source, written as for `--data`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist or be empty.")],
+    on_bad: Annotated[
+        OnBad, typer.Option(help="What a bad row or image does: end the import, or be skipped and listed.")
+    ] = OnBad.error,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a data set into a folder of JSONL files and images, which `--data jsonl:OUT` reads."""
+    from medbridge.data import SourceSettings, import_to_folder
+
+    settings, base = _settings(None, None, None, [source], None)
+    chosen: SourceSettings = settings.data.sources[0]
+    with _bar("importing", "items") as progress:
+        summary = import_to_folder(
+            chosen, out, base_dir=base, cache_dir=_cache(), on_bad=on_bad.value, progress=progress
+        )
+    _emit(summary.to_dict(), as_json)
+
+
+@data_app.command("check")
+def data_check(
+    config: ConfigArgument = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Decode every image, count questions per split and stratum, and list all problems. Exit code 1 if there are any."""
+    from medbridge.data import check_items, open_items
+
+    settings, base = _settings(config, None, None, data, [*(overrides or []), "data.on_bad=skip"])
+    with _bar("checking", "images") as progress:
+        found = open_items(settings.data, base_dir=base, cache_dir=_cache())
+        checked = check_items(found, strata=settings.data.strata, progress=progress)
+    if as_json:
+        sys.stdout.write(json.dumps(checked.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    else:
+        table = Table("split", "stratum", "items", "most frequent answer", "share")
+        for split, counted in checked.splits.items():
+            for name, stratum in counted.strata.items():
+                table.add_row(split, name, str(stratum.items), stratum.commonest_answer, f"{stratum.commonest_share:.2f}")
+        stdout.print(table)
+        stdout.print(f"{checked.images} distinct image files decoded")
+        for problem in checked.problems:
+            stdout.print(f"- {_escape(problem)}", soft_wrap=True)
+        stdout.print("no problems" if checked.ok else f"{len(checked.problems)} problems")
+    if not checked.ok:
+        raise typer.Exit(1)
+
+
+@data_app.command("show")
+def data_show(
+    config: ConfigArgument = None,
+    data: DataOption = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Questions to show.")] = 5,
+    split: Annotated[
+        str | None, typer.Option(help="Only this split: train, validation or test.", show_default=False)
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show questions as a model will see them, with the completion that training would imitate."""
+    from medbridge.data import describe_items, format_items, open_items
+
+    settings, base = _settings(config, None, None, data, overrides)
+    found = open_items(settings.data, base_dir=base, cache_dir=_cache())
+    items = found.items if split is None else found.split(split)
+    views = describe_items(items, count, settings.data.prompt, seed=settings.seed)
+    if as_json:
+        sys.stdout.write(json.dumps(views, indent=2, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write(format_items(views) + "\n")
 
 
 # -- shared ------------------------------------------------------------------------------------------------------
@@ -329,6 +411,15 @@ def _open_run(folder: Path, settings: RunSettings, base: Path) -> Iterator[Run]:
         yield opened
     finally:
         opened.close()
+
+
+@contextmanager
+def _bar(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for work that reports (done, total)."""
+    from medbridge.progress import Reporter
+
+    with Reporter(stderr).task(description, None, unit) as meter:
+        yield meter.reach
 
 
 def _write_report(run: Path, out: Path | None = None) -> Path:

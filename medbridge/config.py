@@ -199,20 +199,30 @@ def _parse_value(text: str, override: str) -> Any:
         raise MedbridgeError(f"--set {override}: {text!r} is not a YAML value ({error}).") from error
 
 
-def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise MedbridgeError(
-                    f"{source}:{line}: key {key.value!r} stands twice (first in line {seen[key.value]}); keep one."
-                )
-            seen[key.value] = line
-            _refuse_duplicates(value, source)
-    elif isinstance(node, yaml.SequenceNode):
-        for entry in node.value:
-            _refuse_duplicates(entry, source)
+def _refuse_duplicates(root: yaml.Node | None, source: str) -> None:
+    visited: set[int] = set()  # an alias stands for a node seen before, perhaps one that holds the alias itself
+
+    def visit(node: yaml.Node | None) -> None:
+        if id(node) in visited:
+            return
+        visited.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        raise MedbridgeError(
+                            f"{source}:{line}: key {key.value!r} stands twice (first in line {seen[key.value]}); "
+                            "keep one."
+                        )
+                    seen[key.value] = line
+                visit(value)
+        elif isinstance(node, yaml.SequenceNode):
+            for entry in node.value:
+                visit(entry)
+
+    visit(root)
 
 
 def _explain(

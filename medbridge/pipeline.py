@@ -8,6 +8,7 @@ depend on stored verdicts only, come out as before.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import platform
 import shutil
 import time
@@ -235,7 +236,7 @@ class Run:
         """Supervised fine-tuning on the training items of weak strata; returns the new model's folder."""
         stage = self._stage_of(round, ("bridge",)) or self._begin(round, "bridge", model, strata)
         if stage.status == "running":
-            items, others = self._training_items(stage.strata)
+            items, others = self._training_items(stage.strata, reserved=False)
             settings = self.settings.sft
             if settings.source == "traces":
                 items = [item for item in items if item.trace]
@@ -305,7 +306,7 @@ class Run:
         stage = self._stage_of(round, ("sharpen",)) or self._begin(round, "sharpen", model, strata)
         if stage.status == "done":
             return _result(stage)
-        items, _ = self._training_items(stage.strata)
+        items, _ = self._training_items(stage.strata, reserved=True)
         by_id = {item.id: item for item in items}
         settings = self.settings.rl
         policy = Policy.load(str(self._path(stage.model)), self.settings.model, trainable=True)
@@ -353,9 +354,14 @@ class Run:
         shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
         return done
 
-    def _training_items(self, strata: Sequence[str]) -> tuple[list[Item], list[Item]]:
-        """Training items of the strata, and of all others."""
-        train = self.items.split("train")
+    def _training_items(self, strata: Sequence[str], *, reserved: bool) -> tuple[list[Item], list[Item]]:
+        """Training items of the strata, and of all others: those reserved for sharpening, or the rest."""
+        share = self.settings.rl.reserved_share
+        train = [
+            item
+            for item in self.items.split("train")
+            if share == 0 or (_fraction(self.settings.seed, item.id) < share) == reserved
+        ]
         known = {item.stratum(self.strata_keys) for item in train}
         for name in strata:
             if name not in known:
@@ -481,6 +487,12 @@ def _with_answer(item: Item, answer: str) -> Item:
 def item_texts(item: Item) -> list[str]:
     """The texts of an item that a tokenizer should know."""
     return [item.question, item.answer, *(item.options or ()), *([item.trace] if item.trace else [])]
+
+
+def _fraction(seed: int, item_id: str) -> float:
+    """A number in [0, 1) that depends on the arguments only."""
+    digest = hashlib.blake2b(f"reserve|{seed}|{item_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
 
 
 def environment() -> dict[str, str]:

@@ -30,6 +30,10 @@ class Meter:
         """Count `count` more units done; `note` is shown beside the bar."""
         self._progress.update(self._task, advance=count, note=note)  # type: ignore[arg-type]
 
+    def reach(self, done: int, total: int) -> None:
+        """`done` of `total` units are done."""
+        self._progress.update(self._task, completed=done, total=total)  # type: ignore[arg-type]
+
 
 class _Rate(ProgressColumn):
     """Units done per second."""
@@ -49,8 +53,8 @@ class Reporter:
         self.console.print(text, highlight=False)
 
     @contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[Meter]:
-        """A bar for `total` units of work; where stderr is no terminal, one line when it ends."""
+    def task(self, description: str, total: int | None, unit: str) -> Iterator[Meter]:
+        """A bar for `total` units of work (None: not known yet); where stderr is no terminal, one line when it ends."""
         progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), _Rate(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),

@@ -218,14 +218,13 @@ _LONGEST_STATEMENT = 400
 
 def _statement(text: str) -> Reading | None:
     """What the last "answer is ..." of a text names, up to its sentence's end. A question states nothing."""
-    found: Reading | None = None
-    for match in _STATEMENT.finditer(text):
+    for match in reversed(list(_STATEMENT.finditer(text))):
         ending = _SENTENCE_END.search(text, match.end(), match.end() + _LONGEST_STATEMENT)
         stop = len(text) if ending is None else ending.start()
         part = text[match.end() : stop].rstrip(" \t*_\"'`.,;")
         if part and text[stop : stop + 1] != "?":
-            found = Reading(None, match.end(), match.end() + len(part))
-    return found
+            return Reading(None, match.end(), match.end() + len(part))
+    return None
 
 
 # -- letters -------------------------------------------------------------------------------------------------
@@ -285,20 +284,13 @@ def _letters_in_tag(text: str, shown: Sequence[str]) -> list[tuple[int, int]]:
 
 def _stated_letter(text: str) -> list[tuple[int, int]]:
     """Span of the letter in the last "answer is X" of a text; two spans where that names two letters."""
-    spans: list[tuple[int, int]] = []
-    for statement in _STATEMENT.finditer(text):
+    for statement in reversed(list(_STATEMENT.finditer(text))):
         match = _STATED_LETTER.match(text, statement.end())
-        if match is None:
+        if match is None or text[match.end() : match.end() + 12].lstrip(" *_\"'`)").startswith("?"):
             continue
-        group = next(index for index in (1, 2, 3) if match.group(index))
-        after = text[match.end() : match.end() + 12].lstrip(" *_\"'`)")
-        if after.startswith("?"):
-            continue
-        spans = [match.span(group)]
         another = _ANOTHER.match(text, match.end())
-        if another:
-            spans.append(another.span(1))
-    return spans
+        return [match.span(match.lastindex or 0), *([another.span(1)] if another else [])]
+    return []
 
 
 # -- texts ---------------------------------------------------------------------------------------------------

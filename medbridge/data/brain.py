@@ -25,17 +25,17 @@ BUILD_VERSION = 1
 """Part of the stamp: raise it whenever the built bytes change."""
 
 SIZE = 56
-COUNTS = {"train": 408, "validation": 132, "test": 132}
+COUNTS = {"train": 600, "validation": 132, "test": 132}
 """Items of each task in each split: multiples of 2, 3 and 4, so that every answer is right equally often."""
 
 # Runs of neighbouring slices with their split. Neighbours are near-duplicates, so the slices between two runs
 # (None) belong to no split. Short runs, so that every region of the head occurs in every split.
 _BLOCKS: tuple[tuple[str | None, int], ...] = (
-    ("train", 10),
+    ("train", 8),
     (None, 3),
-    ("validation", 4),
+    ("validation", 6),
     (None, 3),
-    ("test", 4),
+    ("test", 5),
     (None, 3),
 )
 

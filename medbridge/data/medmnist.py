@@ -244,25 +244,26 @@ def recognise(file: Path) -> tuple[str, MedMnistSet]:
 def chosen_findings(labels: np.ndarray) -> list[int]:
     """For each image of ChestMNIST, the label it is asked about. `labels`: integers [images, 14], 0 or 1.
 
-    An image with findings is asked about one of them (answer yes), the one asked least so far; an image
-    without any about the label whose yes-answers lead its no-answers most (answer no). So every label is
-    asked with yes and no equally often as far as the data allows, and the question alone gives the answer
-    away as little as possible. More than half of the images have no finding, so no remains the more frequent
-    answer.
+    Half of the images, or as many as have a finding, are asked about one that they have (answer yes), the one
+    asked least so far; the others about one that they lack (answer no), so that every label has no-answers in
+    proportion to its yes-answers. The question alone then gives as little away as the data allows.
     """
-    yes = np.zeros(labels.shape[1], dtype=np.int64)
-    no = np.zeros(labels.shape[1], dtype=np.int64)
-    chosen = []
-    for row in labels:
-        present = np.flatnonzero(row == 1)
-        if len(present):
-            label = int(present[np.argmin(yes[present])])
-            yes[label] += 1
-        else:
-            label = int(np.argmax(yes - no))
-            no[label] += 1
-        chosen.append(label)
-    return chosen
+    count, width = labels.shape
+    positive = np.flatnonzero((labels == 1).any(axis=1))
+    asked_yes = positive[even_positions(len(positive), count // 2)]
+    yes, no = np.zeros(width), np.zeros(width)
+    chosen = np.full(count, -1)
+    for image in asked_yes:
+        present = np.flatnonzero(labels[image] == 1)
+        chosen[image] = present[np.argmin(yes[present])]
+        yes[chosen[image]] += 1
+    for image in np.flatnonzero(chosen < 0):
+        absent = np.flatnonzero(labels[image] != 1)
+        if len(absent) == 0:
+            absent = np.arange(width)
+        chosen[image] = absent[np.argmin((no[absent] + 1) / (yes[absent] + 1e-9))]
+        no[chosen[image]] += 1
+    return [int(label) for label in chosen]
 
 
 # -- the archive ---------------------------------------------------------------------------------------------

@@ -291,11 +291,11 @@ def _line(parent: ET.Element, x1: float, y1: float, x2: float, y2: float, kind: 
 def _label(parent: ET.Element, x: float, y: float, text: str, anchor: str, kind: str = "") -> None:
     attributes = {"class": kind} if kind else {}
     node = _node(parent, "text", x=x, y=y, **{"text-anchor": anchor}, **attributes)
-    node.text = clean(text, bidi=False)
+    node.text = clean(text)
 
 
 def _text_node(parent: ET.Element, tag: str, text: str) -> None:
-    ET.SubElement(parent, tag).text = clean(text, bidi=False)
+    ET.SubElement(parent, tag).text = clean(text)
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

@@ -5,23 +5,35 @@ A run may be read at any moment of its life, so everything here copes with what 
 
 from __future__ import annotations
 
-import hashlib
 import math
+import sqlite3
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from medbridge.data.items import SPLITS
+from medbridge.errors import MedbridgeError
 from medbridge.ledger import Ledger, Stage, VerdictRow
-from medbridge.rollout.engine import GREEDY, Graded
+from medbridge.report.samples import choose_samples
+from medbridge.report.view import (
+    MEASURING,
+    Comparison,
+    Contrast,
+    Curve,
+    Estimate,
+    Measurement,
+    RunView,
+    StageView,
+    StratumView,
+    duration,
+    short,
+)
 from medbridge.support.gate import GateSettings
 from medbridge.support.intervals import bootstrap_ratio
 from medbridge.support.tallies import Tally
-
-MEASURING = ("diagnose", "evaluate")
 
 _NAMES = {
     "format": "Format",
@@ -33,248 +45,6 @@ _NAMES = {
 
 _QUIET_SECONDS = 900
 """A stage that has begun counts as stopped once nothing was written for this long."""
-
-_LONGEST_NAME = 160
-"""Characters of a stratum's name, a model's or a data set's that are shown."""
-
-_SAMPLES_IN_ALL = 48
-"""Sample items over all strata: they fill most of the file."""
-
-_SAMPLES_PER_STRATUM = 4
-
-_COMPLETIONS_PER_ITEM = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number with the two ends of its interval; an end is None where it isn't known."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Values over k; None where undefined."""
-
-    value: list[float | None]
-    low: list[float | None]
-    high: list[float | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One stratum, measured by one stage. `label` says when, for a reader who sees this stratum only."""
-
-    stage_id: int
-    label: str
-    kind: str
-    reason: str
-    items: int
-    n_min: int
-    n_max: int
-    ks: list[int]
-    pass_at_k: Curve
-    floor: list[float | None]
-    k: int | None
-    k_note: str
-    support: Estimate | None
-    acc_at_1: Estimate | None
-    greedy_items: int
-    abstain_rate: float | None
-    confidence: float
-    threshold: float | None
-    accuracy_target: float | None
-
-    @property
-    def raw_pass(self) -> float | None:
-        """Raw Pass@K at the largest K, K = n_min."""
-        return self.pass_at_k.value[-1] if self.pass_at_k.value else None
-
-    @property
-    def raw_floor(self) -> float | None:
-        """Pass@K of guessing at the same K."""
-        return self.floor[-1] if self.floor else None
-
-    @property
-    def chance(self) -> float | None:
-        """Acc@1 of guessing."""
-        return self.floor[0] if self.floor else None
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of a completion: "text", "mark" (the span that was read) or "gap" (what was left out)."""
-
-    kind: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One completion as shown. `shown_order` are the options in the order in which the model saw them."""
-
-    label: str
-    status: str
-    read: str | None
-    chosen: str | None
-    text: str
-    span: tuple[int, int] | None
-    well_formed: bool
-    truncated: bool
-    shown_order: list[str]
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One item with its images' paths, how its samples came out, and a few of its completions."""
-
-    item_id: str
-    question: str
-    answer: str
-    options: list[str] | None
-    images: list[str]
-    n: int
-    correct: int
-    abstained: int
-    completions: list[Completion]
-
-    @property
-    def wrong(self) -> int:
-        return max(0, self.n - self.correct - self.abstained)
-
-
-@dataclass(frozen=True, slots=True)
-class Contrast:
-    """Whether one estimate is "above", "below" or "equal to" another, and whether the intervals are apart."""
-
-    side: str
-    apart: bool
-
-    def words(self, other: str = "") -> str:
-        """In words: "above the base model, intervals apart"."""
-        return f"{self.side} {other}".strip() + (", intervals apart" if self.apart else ", intervals overlap")
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Held-out accuracy of one stratum: the baseline, the base model and the final one.
-
-    The contrasts are the final model's; where nothing was trained, `against_baseline` is the base model's.
-    """
-
-    stratum: str
-    items: int
-    baseline: Estimate | None
-    base: Estimate | None
-    final: Estimate | None
-    chance: float | None
-    against_baseline: Contrast | None
-    against_base: Contrast | None
-
-
-@dataclass(slots=True)
-class StratumView:
-    """All that is known of one stratum."""
-
-    name: str
-    measured: list[Measurement] = field(default_factory=list)
-    held_out: list[Measurement] = field(default_factory=list)
-    path: list[str] = field(default_factory=list)
-    outcome: str | None = None
-    story: str = ""
-    counts: dict[str, int] = field(default_factory=dict)
-    option_counts: list[int] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-
-    @property
-    def verdict(self) -> str | None:
-        """Where the stratum stands: its final state, or else its latest verdict."""
-        return self.outcome or (self.latest.kind if self.latest else None)
-
-    @property
-    def sentence(self) -> str:
-        """The story with the verdict, in words."""
-        kind = self.verdict
-        if kind is None:
-            return self.story
-        return f"{self.story}; {'now' if self.path and kind in ('done', 'undecided') else 'verdict'} {kind}"
-
-    @property
-    def base(self) -> Measurement | None:
-        return self.measured[0] if self.measured else None
-
-    @property
-    def latest(self) -> Measurement | None:
-        return self.measured[-1] if self.measured else None
-
-
-@dataclass(frozen=True, slots=True)
-class StageView:
-    """One stage. What isn't known is None, and a stage of one kind has no numbers of another."""
-
-    stage_id: int
-    kind: str
-    title: str
-    done: bool
-    model: str
-    result_model: str | None
-    strata: list[str]
-    started: float
-    seconds: float | None
-    steps: int
-    planned_steps: int | None
-    items: int
-    items_by_stratum: list[tuple[str, int]]
-    replayed: int
-    source: str | None
-    loss: tuple[float, float] | None
-    reward: tuple[float, float] | None
-    rollouts: int
-    tokens: int | None
-    truncated_rate: float | None
-    verdicts: dict[str, str]
-    metrics: dict[str, list[tuple[int, float]]]
-    plan: dict[str, Any]
-
-    @property
-    def trains(self) -> bool:
-        return self.kind not in MEASURING
-
-
-@dataclass(slots=True)
-class RunView:
-    """A whole run as the report shows it."""
-
-    name: str
-    folder: str
-    state: str  # "empty", "running", "stopped" or "finished"
-    state_note: str
-    base_model: str
-    final_model: str | None
-    taught_format: bool
-    datasets: list[str]
-    embedded: bool
-    split_counts: dict[str, int]
-    begun: float | None
-    ended: float | None
-    generated: float
-    seconds: float
-    rollouts: int
-    stages: list[StageView]
-    strata: list[StratumView]
-    comparisons: list[Comparison]
-    test_split: str
-    diagnosis_split: str
-    confidence: float
-    threshold: float | None
-    accuracy_target: float | None
-    letters: bool
-    samples_from: str | None
-    config: Any
-    environment: dict[str, str]
 
 
 def collect(run_dir: Path, *, samples: bool = True, now: float | None = None) -> RunView:
@@ -292,6 +62,11 @@ def collect(run_dir: Path, *, samples: bool = True, now: float | None = None) ->
     ledger = Ledger(run_dir / "run.sqlite", read_only=True)
     try:
         return _collect(ledger, run_dir, samples, time.time() if now is None else now, written)
+    except sqlite3.DatabaseError as error:
+        raise MedbridgeError(
+            f"{ledger.path}: the run database can't be read ({error}). Restore it from a backup; if a run is "
+            "writing to it just now, try again."
+        ) from error
     finally:
         ledger.close()
 
@@ -302,10 +77,11 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
     stages = ledger.stages()
     items = ledger.items()
     verdicts = {stage.stage_id: ledger.verdicts(stage.stage_id) for stage in stages}
+    finished = [stage for stage in stages if stage.kind in MEASURING and stage.status == "done"]
     measured = {
         stage.stage_id: ledger.tallies(stage.stage_id)
-        for stage in stages
-        if stage.kind in MEASURING and stage.status == "done"
+        for stage in finished
+        if stage.kind == "evaluate" or stage is finished[-1]
     }
     views = _stage_views(ledger, stages, items, verdicts, settings)
     strata = _strata(ledger, stages, views, items, verdicts)
@@ -316,7 +92,7 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
     latest = [m for s in strata if (m := s.latest)]
     samples_from = None
     if samples:
-        samples_from = _choose_samples(ledger, stages, views, measured, items, strata)
+        samples_from = choose_samples(ledger, views, measured, items, strata)
     trained = [view for view in views if view.trains and view.done and view.result_model]
     base_model = ledger.meta("base_model") or (stages[0].model if stages else "")
     datasets = sorted({record["dataset"] for record in items.values()})
@@ -333,7 +109,7 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
         taught_format=any(stage.kind == "format" for stage in stages),
         datasets=[short(name) for name in datasets] or [short(kind) for kind in kinds],
         embedded="brain" in datasets or "brain" in kinds,
-        split_counts=dict(Counter(record["split"] for record in items.values())),
+        splits=sorted({record["split"] for record in items.values()}, key=_split_order),
         begun=stages[0].started if stages else None,
         ended=max((s.finished for s in stages if s.finished is not None), default=None),
         generated=now,
@@ -416,7 +192,9 @@ def _stage_views(
         own = {name: count for name, count in by_stratum.items() if name in stage.strata}
         # A format stage shows every training item, and the ledger keeps only those that are used later.
         replayed = 0 if stage.kind == "format" else len(seen) - sum(own.values())
-        sampled = 0 if trains else sum(ledger.sampled(stage.stage_id).values())
+        rollouts = _number(summary.get("rollouts"))
+        if rollouts is None:
+            rollouts = 0 if trains else sum(ledger.sampled(stage.stage_id).values())
         views.append(
             StageView(
                 stage_id=stage.stage_id,
@@ -436,12 +214,11 @@ def _stage_views(
                 source=None if summary.get("source") is None else str(summary["source"]),
                 loss=loss if loss is not None or first is None or last is None else (first, last),
                 reward=_ends(metrics.get("reward", [])),
-                rollouts=int(_number(summary.get("rollouts")) or sampled),
+                rollouts=int(rollouts),
                 tokens=None if (tokens := _number(summary.get("tokens"))) is None else int(tokens),
                 truncated_rate=_number(summary.get("truncated_rate")),
                 verdicts={name: row.kind for name, row in verdicts[stage.stage_id].items()},
                 metrics=metrics,
-                plan=stage.plan,
             )
         )
     return views
@@ -679,151 +456,11 @@ def _overall(tallies: Sequence[Tally], confidence: float) -> Estimate | None:
     return Estimate(float(result.value[0]), float(result.low[0]), float(result.high[0]))
 
 
-# -- samples -------------------------------------------------------------------------------------------------
-
-
-def _choose_samples(
-    ledger: Ledger,
-    stages: Sequence[Stage],
-    views: Sequence[StageView],
-    tallies: Mapping[int, Sequence[Tally]],
-    items: Mapping[str, Mapping[str, Any]],
-    strata: Sequence[StratumView],
-) -> str | None:
-    """Give each stratum a few items of the latest finished measurement; returns that stage's title."""
-    measuring = [stage for stage in stages if tallies.get(stage.stage_id)]
-    if not measuring:
-        return None
-    stage = measuring[-1]
-    by_stratum: dict[str, list[Tally]] = defaultdict(list)
-    for tally in tallies[stage.stage_id]:
-        if tally.item_id in items:
-            by_stratum[items[tally.item_id]["stratum"]].append(tally)
-    each = max(1, min(_SAMPLES_PER_STRATUM, _SAMPLES_IN_ALL // max(1, len(by_stratum))))
-    for stratum in strata:
-        chosen = _varied(by_stratum.get(stratum.name, []), each)
-        if not chosen:
-            continue
-        stored: dict[str, list[Graded]] = defaultdict(list)
-        for entry in ledger.rollouts(stage.stage_id, item_ids=[tally.item_id for tally in chosen]):
-            stored[entry.rollout.item_id].append(entry)
-        stratum.samples = [_sample(tally, items[tally.item_id], stored[tally.item_id]) for tally in chosen]
-    return next(view.title for view in views if view.stage_id == stage.stage_id)
-
-
-def _varied(tallies: Iterable[Tally], count: int) -> list[Tally]:
-    """Up to `count` items: in turn one answered right, one wrong, one without a readable answer.
-
-    Among these, a hash of the id decides: it spreads the choice over the data, and repeats.
-    """
-
-    def rank(tally: Tally) -> bytes:
-        return hashlib.blake2b(tally.item_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-    def fate(tally: Tally) -> int:
-        if tally.abstained * 2 > tally.n or (tally.abstained and tally.c + tally.abstained == tally.n):
-            return 2
-        right = tally.greedy_correct if tally.greedy_correct is not None else 2 * tally.c > tally.n
-        return 0 if right else 1
-
-    queues: list[list[Tally]] = [[], [], []]
-    for tally in sorted(tallies, key=rank):
-        queues[fate(tally)].append(tally)
-    chosen: list[Tally] = []
-    while len(chosen) < count and any(queues):
-        chosen.extend(queue.pop(0) for queue in queues if queue)
-    return chosen[:count]
-
-
-def _sample(tally: Tally, record: Mapping[str, Any], stored: Sequence[Graded]) -> Sample:
-    options = record["options"]
-    ordered = sorted(stored, key=lambda entry: entry.rollout.sample)
-    chosen = [entry for entry in ordered if entry.rollout.sample == GREEDY][:1]
-    sampled = [entry for entry in ordered if entry.rollout.sample != GREEDY]
-    for status in ("correct", "wrong", "abstain"):
-        chosen.extend([entry for entry in sampled if entry.outcome.status == status][:1])
-    return Sample(
-        item_id=record["item_id"],
-        question=record["question"],
-        answer=record["answer"],
-        options=options,
-        images=list(record["images"] or ()),
-        n=tally.n,
-        correct=tally.c,
-        abstained=tally.abstained,
-        completions=[_completion(entry, options) for entry in chosen[:_COMPLETIONS_PER_ITEM]],
-    )
-
-
-def _completion(entry: Graded, options: Sequence[str] | None) -> Completion:
-    rollout, outcome = entry.rollout, entry.outcome
-    known = options or ()
-    chosen = None
-    if outcome.option is not None and 0 <= outcome.option < len(known):
-        chosen = known[outcome.option]
-    return Completion(
-        label="greedy" if rollout.sample == GREEDY else f"sample {rollout.sample + 1}",
-        status=outcome.status,
-        read=outcome.answer,
-        chosen=chosen,
-        text=rollout.text,
-        span=outcome.span,
-        well_formed=outcome.well_formed,
-        truncated=rollout.finish_reason == "length",
-        shown_order=[known[index] for index in rollout.permutation if 0 <= index < len(known)],
-        tokens=len(rollout.token_ids),
-    )
-
-
-def excerpt(text: str, span: tuple[int, int] | None, limit: int) -> list[Piece]:
-    """A text of at most about `limit` characters: its beginning, the span that was read, and its end.
-
-    A span that doesn't lie in the text is ignored. What is left out is said in a piece of its own.
-    """
-    inside = span is not None and 0 <= span[0] < span[1] <= len(text)
-    start, stop = span if span is not None and inside else (len(text), len(text))
-    if len(text) <= limit:
-        keep = [(0, len(text))]
-    else:
-        third = limit // 3
-        # Of a span longer than what may be shown, its beginning is kept.
-        around = (max(0, start - third // 2), min(len(text), stop + third // 2, start + limit))
-        keep = [(0, third), around, (len(text) - third, len(text))]
-    pieces: list[Piece] = []
-    done = 0
-    for begin, end in keep:
-        if begin > done:
-            pieces.append(Piece("gap", f"{begin - done:,} characters left out"))
-        begin = max(begin, done)
-        for kind, a, b in (
-            ("text", begin, min(end, start)),
-            ("mark", max(begin, start), min(end, stop)),
-            ("text", max(begin, stop), end),
-        ):
-            if b > a:
-                pieces.append(Piece(kind, text[a:b]))
-        done = max(done, end)
-    return pieces
-
-
 # -- small things --------------------------------------------------------------------------------------------
 
 
-def short(text: str, limit: int = _LONGEST_NAME) -> str:
-    """The text, its middle replaced by an ellipsis where it is longer than `limit`."""
-    if len(text) <= limit:
-        return text
-    return f"{text[: limit // 2]}…{text[len(text) - limit // 2 + 1 :]}"
-
-
-def duration(seconds: float) -> str:
-    """A time span in words: "41 s", "3 min 05 s", "2 h 10 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+def _split_order(name: str) -> tuple[int, str]:
+    return (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)
 
 
 def _number(value: Any) -> float | None:

@@ -15,21 +15,11 @@ from markupsafe import Markup
 
 from medbridge.report import charts
 from medbridge.report.charts import Series, figure
-from medbridge.report.collect import (
-    Estimate,
-    Measurement,
-    Piece,
-    RunView,
-    Sample,
-    StageView,
-    StratumView,
-    collect,
-    duration,
-    excerpt,
-    short,
-)
+from medbridge.report.collect import collect
 from medbridge.report.images import Embedder, Picture
+from medbridge.report.samples import excerpt
 from medbridge.report.text import clean
+from medbridge.report.view import Estimate, Measurement, Piece, RunView, Sample, StageView, StratumView, duration, short
 
 IMAGE_BYTES = 1_500_000
 """Budget of the embedded images: about half of a file of at most 3 MB, which mail and web viewers take."""
@@ -73,7 +63,7 @@ _SHOWN_METRICS = {
     "signal",
     "entropy",
     "completion_length",
-    "learning_rate",
+    "gradient_norm",
 }
 """Metrics that are drawn in sight; the others are folded away."""
 
@@ -119,13 +109,13 @@ def render(view: RunView) -> str:
     )
     environment.filters |= {
         "two": two,
+        "near_one": near_one,
         "percent": _percent,
         "count": lambda value: f"{value:,}",
         "duration": duration,
         "when": _when,
         "short": short,
         "figure": figure,
-        "plain": lambda text: clean(str(text), bidi=False),
     }
     page = _Page(view)
     return environment.get_template("report.html.j2").render(run=view, page=page, few=_FEW_STRATA)
@@ -140,7 +130,14 @@ def _finalize(value: Any) -> Any:
 
 def two(value: float | None) -> str:
     """A share with two decimals and a true minus sign; a dash where it isn't known."""
-    return "\u2013" if value is None else f"{value:.2f}".replace("-", "\u2212")
+    return "\u2013" if value is None else f"{value:z.2f}".replace("-", "\u2212")
+
+
+def near_one(value: float | None) -> str:
+    """As `two`, but with what tells a share just below 1 from 1: "0.998", ">0.999"."""
+    if value is None or not 0.995 <= value < 1:
+        return two(value)
+    return f"{value:.3f}" if value < 0.9995 else ">0.999"
 
 
 def _percent(value: float | None) -> str:
@@ -159,8 +156,9 @@ class _Page:
         self._embedder = Embedder(IMAGE_BYTES)
         measured = [m for stratum in view.strata for m in stratum.measured]
         lows = [end for m in measured if m.support for end in (m.support.low, m.support.value) if end is not None]
-        # One scale for all bars; support falls below 0 where a model does worse than guessing.
-        self._support_domain = (max(-1.0, _floor_quarter(min([0.0, *lows]))), 1.0)
+        # One scale for all bars. Support falls below 0 where a model does worse than guessing, but how far says
+        # little: below the scale, an arrow and the number are enough.
+        self._support_domain = (max(-0.5, _floor_quarter(min([0.0, *lows]))), 1.0)
         completions = sum(len(sample.completions) for stratum in view.strata for sample in stratum.samples)
         self._folded = min(_FOLDED_CHARACTERS, _FOLDED_IN_ALL // max(1, completions))
 
@@ -290,6 +288,11 @@ class _Page:
         low, high = measurement.n_min, measurement.n_max
         return f"{low}" if low == high else f"{low} to {high}"
 
+    @property
+    def compared(self) -> bool:
+        """Whether any stratum was measured more than once."""
+        return any(len(stratum.measured) > 1 for stratum in self._view.strata)
+
     def tally(self) -> str:
         """How many strata stand where, for a header with too many strata to name: "31 done, 12 bridge"."""
         kinds = [stratum.verdict or "not measured" for stratum in self._view.strata]
@@ -310,8 +313,9 @@ class _Page:
         return excerpt(text, span, _COMPLETION_CHARACTERS)
 
     def folded(self, text: str, span: tuple[int, int] | None) -> list[Piece]:
-        """More of a long completion; nothing for one that is shown as it is."""
-        return excerpt(text, span, self._folded) if len(text) > _COMPLETION_CHARACTERS else []
+        """More of a completion of which not all is shown."""
+        whole = all(piece.kind != "gap" for piece in self.pieces(text, span))
+        return [] if whole else excerpt(text, span, self._folded)
 
     def letter(self, position: int) -> str:
         return f"{chr(ord('A') + position)})" if self._view.letters and position < 26 else ""

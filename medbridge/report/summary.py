@@ -11,19 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medbridge.report.collect import (
-    Comparison,
-    Estimate,
-    Measurement,
-    RunView,
-    StageView,
-    StratumView,
-    collect,
-    duration,
-    short,
-)
-from medbridge.report.html import two
+from medbridge.report.collect import collect
+from medbridge.report.html import near_one, two
 from medbridge.report.text import clean
+from medbridge.report.view import Comparison, Estimate, Measurement, RunView, StageView, StratumView, duration, short
 
 _STYLES = {"bridge": "yellow", "sharpen": "blue", "done": "green", "undecided": "magenta"}
 
@@ -97,7 +88,7 @@ def _verdict_table(strata: Sequence[StratumView]) -> Table:
                 Text(measurement.kind, _STYLES.get(measurement.kind, "")),
                 Text(support if measurement.support is None else f"{support} @{measurement.k}"),
                 Text(two(measurement.raw_pass) + ("" if common else f"@{measurement.n_min}")),
-                Text(two(measurement.raw_floor)),
+                Text(near_one(measurement.raw_floor)),
                 Text(_bracketed(measurement.acc_at_1)),
             )
     return table
@@ -133,10 +124,10 @@ def _table(first: str, *others: str) -> Table:
 
 def _headline(view: RunView) -> Text:
     line = Text()
-    line.append(clean(view.name, bidi=False), "bold")
+    line.append(clean(view.name), "bold")
     line.append(f": {view.state}")
     if view.state_note:
-        line.append(f" ({clean(view.state_note, bidi=False).rstrip('.')})")
+        line.append(f" ({clean(view.state_note).rstrip('.')})")
     if view.seconds:
         line.append(f", {duration(view.seconds)} of work")
     return line
@@ -146,12 +137,12 @@ def _bracketed(value: Estimate | None) -> str:
     if value is None:
         return two(None)
     known = value.low is not None and value.high is not None
-    return two(value.value) + (f" [{two(value.low)}, {two(value.high)}]" if known else "")
+    return two(value.value) + (f" [{two(value.low)},{two(value.high)}]" if known else "")
 
 
 def _text(text: str) -> Text:
     """Text from the data as it is: no console markup, no terminal control characters."""
-    return Text(clean(text, bidi=False).replace("\n", " "))
+    return Text(clean(text).replace("\n", " "))
 
 
 def _measurement(measurement: Measurement | None) -> dict[str, Any] | None:

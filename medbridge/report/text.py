@@ -5,25 +5,23 @@ Escaping for HTML is the template engine's work, not this file's.
 
 from __future__ import annotations
 
-_ALLOWED = "\t\n"
 _REPLACEMENT = "\ufffd"
 
-_UNFIT = (*range(0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)
-"""Control characters, lone surrogates, and the two non-characters that XML forbids."""
+_UNFIT = (
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    # Embeddings, overrides and isolates of writing direction: `<bdi>` alone is no help, since a closing control
+    # in the text closes the isolate that the browser opened. The letters' own directions stay.
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),  # lone surrogates, which no encoding takes
+    0xFFFE,
+    0xFFFF,
+)
 
-_CONTROLS = {code: _REPLACEMENT for code in _UNFIT if chr(code) not in _ALLOWED} | {ord("\r"): "\n"}
-
-_BIDI = dict.fromkeys((0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
-"""Characters that turn the direction of what follows them, mapped to nothing."""
+_TABLE = dict.fromkeys(_UNFIT, _REPLACEMENT) | {ord("\t"): "\t", ord("\n"): "\n", ord("\r"): "\n"}
 
 
-def clean(text: str, *, bidi: bool = True) -> str:
-    """The text with lone surrogates and control characters replaced, one for one, so that offsets stay.
-
-    Args:
-        text: any string.
-        bidi: keep characters that change the writing direction. HTML isolates them; attributes, drawings and
-            terminals can't: they want False, which drops these characters.
-    """
-    text = text.translate(_CONTROLS)
-    return text if bidi else text.translate(_BIDI)
+def clean(text: str) -> str:
+    """The text with control characters and lone surrogates replaced, one for one, so that offsets stay."""
+    return text.translate(_TABLE)

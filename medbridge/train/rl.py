@@ -36,6 +36,13 @@ class RlSettings(OptimizerSettings):
     )
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints.")
     steps: int = Field(100, ge=1, description="Optimizer steps of one sharpen stage.")
+    reserved_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the training items that bridging never sees and sharpening uses alone. Answers that "
+        "SFT has memorised are right in every sample, and a group without a difference teaches nothing.",
+    )
     prompts_per_step: int = Field(16, ge=1, description="Items sampled a step.")
     completions: int = Field(8, ge=2, description="Completions sampled per item: the group.")
     micro_batch_size: int = Field(16, ge=1, description="Completions in memory at once; same gradient.")

@@ -195,17 +195,19 @@ def test_missing_file(tmp_path: Path) -> None:
         list(read_medmnist(tmp_path / "breastmnist.npz", tmp_path))
 
 
-def test_findings_are_asked_evenly() -> None:
+@pytest.mark.parametrize("factor", [0.4, 1.0, 2.0])
+def test_findings_are_asked_evenly(factor: float) -> None:
     rng = np.random.default_rng(1)
     rates = np.array([0.1, 0.025, 0.12, 0.18, 0.05, 0.06, 0.01, 0.05, 0.04, 0.02, 0.02, 0.02, 0.03, 0.002])
-    labels = (rng.random((20_000, 14)) < rates).astype(np.int64)
+    labels = (rng.random((10_000, 14)) < rates * factor).astype(np.int64)
     chosen = np.array(chosen_findings(labels))
     answers = labels[np.arange(len(labels)), chosen]
-    positive = (labels.sum(axis=1) > 0).mean()
-    assert answers.mean() == positive  # as many yes as there can be
+    # As many yes as there can be, up to half; and the same share for each label.
+    share = min(0.5, (labels.sum(axis=1) > 0).mean())
+    assert answers.mean() == share
     for label in range(14):
-        yes, no = (answers[chosen == label] == 1).sum(), (answers[chosen == label] == 0).sum()
-        assert yes > 0 and abs(yes / (yes + no) - positive) < 0.1
+        asked = answers[chosen == label]
+        assert asked.sum() > 0 and abs(asked.mean() - share) < 0.06
 
 
 @pytest.mark.parametrize(

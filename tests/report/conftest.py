@@ -323,9 +323,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 HOSTILE = (
     '</bdi></p><script>window.pwned = 1</script><img src=x onerror="window.pwned = 2">'
-    "<svg onload='window.pwned = 3'></svg>\"'&lt;{{ 7 * 7 }}{% raw %}\u202egnirts desrever\u2066"
+    "<svg onload='window.pwned = 3'></svg>\"'&lt;{{ 7 * 7 }}{% raw %}\u2069\u202egnirts desrever\u2066\u05d0\u05d1"
 )
-"""Markup, quotes, template syntax and writing-direction controls in one text."""
+"""Markup, quotes, template syntax, writing-direction controls and right-to-left letters in one text."""
 
 
 def hostile_run(folder: Path) -> Fabricated:

@@ -15,7 +15,7 @@ import pytest
 import medbridge.report.html
 from medbridge.errors import MedbridgeError
 from medbridge.report import write_report
-from medbridge.report.collect import excerpt
+from medbridge.report.samples import excerpt
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -171,6 +171,13 @@ def test_no_run_is_a_clear_error(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_a_damaged_run_database_is_a_clear_error(fabricate: Callable[..., Any]) -> None:
+    run = fabricate()
+    run.sql("INSERT INTO meta VALUES ('name', CAST(x'22ff22' AS TEXT))")
+    with pytest.raises(MedbridgeError, match=r"run\.sqlite: the run database can't be read"):
+        write_report(run.folder)
+
+
 # -- at any moment of a run's life ---------------------------------------------------------------------------
 
 
@@ -315,23 +322,24 @@ def test_hostile_texts_stay_texts(hostile_report: Path) -> None:
     assert "characters left out" in page.text
 
 
-def test_text_that_turns_the_writing_direction_is_isolated(hostile_report: Path) -> None:
+def test_text_can_not_turn_the_writing_direction_around_it(hostile_report: Path) -> None:
     html = hostile_report.read_text(encoding="utf-8")
 
     class Isolation(HTMLParser):
         depth = 0
 
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            self.depth += tag == "bdi"
-            assert not any("\u202e" in (value or "") for _, value in attrs)
+            self.depth += tag in ("bdi", "title", "desc")  # the latter two stand alone
 
         def handle_endtag(self, tag: str) -> None:
-            self.depth -= tag == "bdi"
+            self.depth -= tag in ("bdi", "title", "desc")
 
         def handle_data(self, data: str) -> None:
-            assert "\u202e" not in data or self.depth > 0, data[:200]
+            assert "\u05d0" not in data or self.depth > 0, data[:200]
 
-    assert "\u202e" in html
+    assert "\u05d0" in html
+    # Inside <bdi>, an isolate that the text closes or leaves open would still break out.
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", html)
     Isolation().feed(html)
 
 

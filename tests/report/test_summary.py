@@ -49,6 +49,8 @@ def test_the_table_fits_a_terminal(finished_run: Path) -> None:
     lines = [line.rstrip() for line in text.splitlines()]
     assert max(map(len, lines)) <= 80
     assert any(line.startswith(" plane") and "bridge" in line for line in lines)
+    verdicts = lines[: lines.index("Intervals are two-sided at 90 %.")]
+    assert sum(line.endswith("]") for line in verdicts) == 8  # no interval is cut off
     assert "Support above floor @k" in text and "…" not in text and "most frequent" in text.lower()
 
 

@@ -1,0 +1,185 @@
+"""Fixtures shared by all tests: a tiny data set on disk, tiny models of each architecture, fast run settings.
+
+Everything here is real, only small: PNG files, JSON lines, Hugging Face folders.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch or transformers are imported: nothing is looked up online, and waiting threads give their core back.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from medbridge.config import RunSettings
+    from medbridge.data import ImageCache, Item
+    from medbridge.model import Policy
+
+ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "gemma3")
+SIDE = 28
+SHAPE: dict[str, Any] = {
+    "vocab_size": 400, "hidden_size": 64, "layers": 2, "vision_hidden_size": 32, "vision_layers": 1, "image_size": SIDE,
+}  # fmt: skip
+PROMPT: dict[str, Any] = {"answer_style": "text", "system": ""}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the nested `changes` laid over it."""
+    out = dict(base)
+    for key, value in changes.items():
+        old = out.get(key)
+        out[key] = merged(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+    return out
+
+
+def write_tiny_data(folder: Path, per_split: int = 12) -> Path:
+    """A folder of train/validation/test.jsonl: is the square dark, grey or bright; is its left or right side brighter.
+
+    Two questions are asked of each image. They are the two strata, under the tag `task`.
+    """
+    shades, sides = ("dark", "grey", "bright"), ("left", "right")
+    for number, split in enumerate(("train", "validation", "test")):
+        generator = np.random.default_rng(number)
+        rows = []
+        for image in range(per_split // 2):
+            shade, side = image % 3, (image // 3) % 2
+            pixels = np.full((SIDE, SIDE), 30 + 80 * shade) + generator.integers(0, 10, (SIDE, SIDE))
+            pixels[:, slice(0, SIDE // 2) if side == 0 else slice(SIDE // 2, None)] += 40
+            name = f"images/{split}-{image}.png"
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).convert("RGB").save(folder / name)
+            for task, question, options, right in (
+                ("shade", "How bright is the square?", shades, shade),
+                ("side", "Which side is brighter?", sides, side),
+            ):
+                rows.append(
+                    {
+                        "dataset_name": "squares", "dataset_index": len(rows), "image_paths": [name],
+                        "question": question, "options": dict(zip("ABC", options, strict=False)),
+                        "answer_label": "ABC"[right], "answer": options[right], "tags": {"task": task},
+                    }
+                )  # fmt: skip
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny data set: 12 items a split, half of stratum "shade" and half of "side"."""
+    return write_tiny_data(tmp_path_factory.mktemp("squares"))
+
+
+@pytest.fixture(scope="session")
+def tiny_items(tiny_data: Path) -> list[Item]:
+    """All items of the tiny data set."""
+    from medbridge.data import DataSettings, SourceSettings, open_items
+
+    settings = DataSettings(sources=[SourceSettings(kind="jsonl", path=str(tiny_data))])
+    return open_items(settings, base_dir=tiny_data, cache_dir=tiny_data / "cache").items
+
+
+@pytest.fixture(scope="session")
+def train_items(tiny_items: list[Item]) -> list[Item]:
+    """The training items of the tiny data set."""
+    return [item for item in tiny_items if item.split == "train"]
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(tiny_items: list[Item]) -> list[str]:
+    """What the tiny tokenizers are trained on."""
+    from medbridge.pipeline import item_texts
+
+    return sorted({text for item in tiny_items for text in item_texts(item)})
+
+
+@pytest.fixture(scope="session")
+def images() -> ImageCache:
+    """One image cache for all tests."""
+    from medbridge.data import ImageCache
+
+    return ImageCache(16 << 20)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Callable[[str], Path]:
+    """The folder of a tiny random model of an architecture, made once. Not to be changed: copy it first."""
+    from medbridge.model import FromNothing, init_model
+
+    base = tmp_path_factory.mktemp("models")
+
+    def make(architecture: str = "qwen2_5_vl") -> Path:
+        folder = base / architecture
+        if not folder.is_dir():
+            init_model(folder, FromNothing(**{**SHAPE, "architecture": architecture}), tiny_texts, seed=0)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_policy(model_folder: Callable[[str], Path]) -> Callable[..., Policy]:
+    """A fresh policy of a tiny model; keywords are those of `ModelSettings`."""
+    from medbridge.model import ModelSettings, Policy
+
+    def load(
+        architecture: str = "qwen2_5_vl", *, path: Path | None = None, trainable: bool = False, **model: Any
+    ) -> Policy:
+        folder = model_folder(architecture) if path is None else path
+        return Policy.load(str(folder), ModelSettings(**model), trainable=trainable)
+
+    return load
+
+
+@pytest.fixture
+def changed_model(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a tiny model's folder with JSON files changed: `changed_model("gemma3", {"config.json": {...}})`."""
+
+    def change(architecture: str, files: dict[str, dict[str, Any]]) -> Path:
+        folder = tmp_path / f"{architecture}-changed"
+        shutil.copytree(model_folder(architecture), folder)
+        for name, changes in files.items():
+            path = folder / name
+            content = json.loads(path.read_text()) if path.is_file() else {}
+            path.write_text(json.dumps(merged(content, changes)))
+        return folder
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_data: Path) -> Callable[..., dict[str, Any]]:
+    """A configuration of a run that takes seconds, as a dictionary; keywords are laid over its sections."""
+    base: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"from_nothing": {**SHAPE, "format_steps": 4}},
+        "data": {"sources": [{"kind": "jsonl", "path": str(tiny_data)}], "strata": ["task"], "prompt": PROMPT},
+        "rollout": {"max_new_tokens": 8, "batch_size": 64},
+        "diagnosis": {"samples": 4},
+        "gate": {"min_items": 4, "replicates": 100},
+        "sft": {"steps": 4, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 1},
+        "rl": {
+            "steps": 2, "prompts_per_step": 2, "completions": 4, "micro_batch_size": 8, "learning_rate": 1e-3,
+            "warmup_steps": 1,
+        },
+        "budget": {"stages": 2},
+    }  # fmt: skip
+    return lambda **changes: merged(base, changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., RunSettings]:
+    """`tiny_config` as validated settings."""
+    from medbridge.config import RunSettings
+
+    return lambda **changes: RunSettings.model_validate(tiny_config(**changes))
