@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="medbridge",
-    help="Measure what a medical vision-language model can reach, then bridge (SFT) or sharpen (RL), and measure again.",
+    help="Measure what a medical vision-language model can reach; bridge it (SFT) or sharpen it (RL); measure again.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -77,8 +77,10 @@ DataOption = Annotated[
 ]  # fmt: skip
 StrataOption = Annotated[
     list[str] | None,
-    typer.Option("--stratum", "-s", help="Stratum to train on; repeatable. Default: by the last verdicts.", show_default=False),
-]  # fmt: skip
+    typer.Option(
+        "--stratum", "-s", help="Stratum to train on; repeatable. Default: by the last verdicts.", show_default=False
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -217,8 +219,8 @@ def init_model_command(
 ) -> None:
     """Make a small vision-language model of a real architecture from nothing, as a Hugging Face folder.
 
-    Its tokenizer is trained on the data's texts. Shape and architecture: `--set model.from_nothing.architecture=qwen3_vl`
-    and the other keys of `model.from_nothing`.
+    Its tokenizer is trained on the data's texts. Shape and architecture are keys of `model.from_nothing`, for example
+    `--set model.from_nothing.architecture=qwen3_vl`.
     """
     from medbridge.data import open_items
     from medbridge.model import Policy, init_model
@@ -299,7 +301,7 @@ def data_check(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Decode every image, count questions per split and stratum, and list all problems. Exit code 1 if there are any."""
+    """Decode every image, count questions per split and stratum, list all problems. Exit code 1 if there are any."""
     from medbridge.data import check_items, open_items
 
     settings, base = _settings(config, None, None, data, [*(overrides or []), "data.on_bad=skip"])
@@ -312,7 +314,8 @@ def data_check(
         table = Table("split", "stratum", "items", "most frequent answer", "share")
         for split, counted in checked.splits.items():
             for name, stratum in counted.strata.items():
-                table.add_row(split, name, str(stratum.items), stratum.commonest_answer, f"{stratum.commonest_share:.2f}")
+                share = f"{stratum.commonest_share:.2f}"
+                table.add_row(split, name, str(stratum.items), stratum.commonest_answer, share)
         stdout.print(table)
         stdout.print(f"{checked.images} distinct image files decoded")
         for problem in checked.problems:

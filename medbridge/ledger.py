@@ -110,7 +110,7 @@ class Ledger:
             raise MedbridgeError(f"{path}: no such run database. Give a run folder made by `medbridge run`.")
         try:
             if read_only:
-                self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+                self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
             else:
                 self._db = sqlite3.connect(path, isolation_level=None)
                 # WAL with NORMAL: a killed process loses nothing committed, and readers are never blocked.
@@ -271,7 +271,8 @@ class Ledger:
                         rollout.item_id,
                         rollout.sample,
                         to_json(list(rollout.permutation)),
-                        rollout.text,
+                        # a lone surrogate has no UTF-8 form; one "?" in its place keeps the span's offsets
+                        rollout.text.encode("utf-8", "replace").decode("utf-8"),
                         rollout.token_ids.astype("<i4").tobytes(),
                         rollout.logprobs.astype("<f4").tobytes(),
                         rollout.finish_reason,

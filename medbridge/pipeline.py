@@ -67,6 +67,8 @@ class Run:
         self.reporter = reporter
         self._lock = _lock(folder)
         self.ledger = Ledger(folder / "run.sqlite")
+        self._opened = time.monotonic()
+        self._worked: float = self.ledger.meta("worked_seconds") or 0.0
         self._check_settings()
         self.images = ImageCache(settings.data.image_cache_mb << 20)
         self.items: ItemSet = open_items(settings.data, base_dir=base_dir, cache_dir=folder / "data")
@@ -75,6 +77,7 @@ class Run:
         self.strata_keys = settings.data.strata
 
     def close(self) -> None:
+        self.ledger.set_meta("worked_seconds", 60 * self._minutes())
         self.ledger.close()
         self._lock.close()
 
@@ -351,6 +354,7 @@ class Run:
             "last_loss": losses[-1] if losses else None,
         }
         done = self.ledger.finish_stage(stage.stage_id, result_model=self._relative(folder), summary=summary)
+        self.ledger.set_meta("worked_seconds", 60 * self._minutes())
         shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
         return done
 
@@ -398,7 +402,8 @@ class Run:
         return max((stage.round for stage in self.ledger.stages()), default=0)
 
     def _minutes(self) -> float:
-        return sum(((s.finished or time.time()) - s.started) / 60 for s in self.ledger.stages())
+        """Minutes of work so far, those of earlier processes included."""
+        return (self._worked + time.monotonic() - self._opened) / 60
 
     def _seed(self, stage: Stage) -> int:
         return self.settings.seed + 1000 * stage.stage_id

@@ -13,13 +13,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from medbridge.torchvision_ops import declare
+
+declare()  # before any test imports transformers
 
 if TYPE_CHECKING:
     from medbridge.config import RunSettings
@@ -183,3 +190,51 @@ def tiny_settings(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., R
     from medbridge.config import RunSettings
 
     return lambda **changes: RunSettings.model_validate(tiny_config(**changes))
+
+
+class Processes:
+    """Real child processes that start in milliseconds, since `zygote.py` has imported everything for them."""
+
+    def __init__(self) -> None:
+        self._zygote = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        self._running: set[int] = set()
+
+    def start(self, argv: Sequence[object], log: Path) -> int:
+        """Start `python -m argv` (or a script); returns its process id. Its output is appended to `log`."""
+        pid = self._ask({"argv": [str(part) for part in argv], "log": str(log)})
+        self._running.add(pid)
+        return pid
+
+    def wait(self, pid: int) -> int:
+        """The exit code, negative for a signal."""
+        self._running.discard(pid)
+        return self._ask({"wait": pid})
+
+    def kill(self, pid: int) -> int:
+        """SIGKILL, which no process can see coming; returns the exit code, -9 unless it had ended before."""
+        os.kill(pid, signal.SIGKILL)
+        return self.wait(pid)
+
+    def close(self) -> None:
+        for pid in list(self._running):
+            self.kill(pid)
+        self._zygote.kill()
+        self._zygote.communicate()
+
+    def _ask(self, task: dict[str, Any]) -> int:
+        assert self._zygote.stdin is not None and self._zygote.stdout is not None
+        self._zygote.stdin.write(json.dumps(task) + "\n")
+        self._zygote.stdin.flush()
+        return int(self._zygote.stdout.readline())
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Starts and kills child processes."""
+    opened = Processes()
+    yield opened
+    opened.close()

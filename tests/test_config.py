@@ -168,8 +168,9 @@ def test_a_wrong_override_is_named_by_its_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["rl.steps", "=3", "seed.x=1", "data.sources.5.limit=1", "data.sources.one.limit=1", "rl.steps=[", "a..b=1"]
-)  # fmt: skip
+    "override",
+    ["rl.steps", "=3", "seed.x=1", "data.sources.5.limit=1", "data.sources.one.limit=1", "rl.steps=[", "a..b=1"],
+)
 def test_a_malformed_override_is_a_clear_error(override: str) -> None:
     assert error_of(DATA + "seed: 1\n", override).startswith(f"--set {override}: ")
 

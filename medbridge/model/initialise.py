@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from medbridge.errors import MedbridgeError
 
@@ -118,6 +119,7 @@ def init_model(out: Path, shape: FromNothing, texts: Iterable[str], *, seed: int
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / "model"
+        transformers_logging.disable_progress_bar()
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         replace_folder(folder, out)

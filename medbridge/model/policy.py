@@ -103,7 +103,9 @@ class _Head:
     prompts: dict[Permutation, EncodedPrompt] = field(default_factory=dict)
 
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.vision.values()) + 64 * len(self.ids)
+        """Memory of the images and of all prompts kept so far."""
+        texts = sum(prompt.ids.nbytes + prompt.positions.nbytes for prompt in self.prompts.values())
+        return texts + sum(tensor.nbytes for tensor in self.vision.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,6 +149,7 @@ class Policy:
         self.stop_ids = self._stop_ids()
         text_config = config.get_text_config()
         self.vocab_size = int(text_config.vocab_size)
+        self.context = int(getattr(text_config, "max_position_embeddings", 1 << 30))
         self._softcap = getattr(text_config, "final_logit_softcapping", None)
         layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
         self.full_attention = layer_types == {"full_attention"}
@@ -208,6 +211,7 @@ class Policy:
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in self.model.state_dict().items()
             }
+            transformers_logging.disable_progress_bar()
             self.model.save_pretrained(folder, state_dict=weights)
             self.processor.save_pretrained(folder)
             replace_folder(folder, out)
@@ -218,20 +222,25 @@ class Policy:
     def encode(
         self, item: Item, orders: Sequence[Permutation], settings: PromptSettings, images: ImageCache
     ) -> list[EncodedPrompt]:
-        """Encode an item's prompt under several option orders; its images are processed once and kept."""
-        head = self._cache.get(item.id)
+        """Encode an item's prompt under several option orders; its images are processed once and kept.
+
+        Raises:
+            MedbridgeError: the processor refuses the item, or its prompt leaves the model no room for an answer.
+        """
+        head = self._cache.pop(item.id, None)
         if head is None:
             head = self._encode_head(item, orders[0], settings, images)
-            self._cache[item.id] = head
-            self._cache_bytes += head.nbytes()
-            while self._cache_bytes > self._cache_budget and len(self._cache) > 1:
-                self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes()
         else:
-            self._cache.move_to_end(item.id)
+            self._cache_bytes -= head.nbytes()
         for order in orders:
             if order not in head.prompts:
                 head.prompts[order] = self._encode_order(item, order, settings, images, head)
-        return [head.prompts[order] for order in orders]
+        encoded = [head.prompts[order] for order in orders]
+        self._cache[item.id] = head  # last: most recently used
+        self._cache_bytes += head.nbytes()
+        while self._cache_bytes > self._cache_budget:
+            self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes()
+        return encoded
 
     def completion_ids(self, text: str) -> list[int]:
         """Token ids of a supervised completion, closed by the end-of-turn token."""
@@ -280,6 +289,11 @@ class Policy:
 
     def _encode_head(self, item: Item, order: Permutation, settings: PromptSettings, images: ImageCache) -> _Head:
         text, ids, types, vision = self._process(item, order, settings, images)
+        if len(ids) >= self.context:
+            raise MedbridgeError(
+                f"item {item.id!r}: its prompt has {len(ids)} tokens, and {self.path!r} takes {self.context} with the "
+                "answer. Give smaller images, or leave the item out."
+            )
         positions, next_position = self._positions(ids, types, vision)
         tail = self._tail_ids(text) if item.images else None
         # Tokenizing the text after the images by itself is right only where it gives back the same ids.

@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from medbridge_kernels import LossConfig, group_advantages, grpo_loss, token_logprobs
 from pydantic import Field
 
 from medbridge.data.images import ImageCache
@@ -25,6 +24,7 @@ from medbridge.model.policy import CompletionBatch, EncodedPrompt, ModelSettings
 from medbridge.rollout.engine import Graded, Request, SamplingSettings
 from medbridge.train.optimization import OptimizerSettings, Shuffle, Trainable
 from medbridge.train.sft import OnStep
+from medbridge_kernels import LossConfig, group_advantages, grpo_loss, token_logprobs
 
 
 class RlSettings(OptimizerSettings):
