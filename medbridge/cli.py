@@ -47,15 +47,19 @@ _state = {"debug": False}
 ConfigArgument = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CONFIG.yaml]",
+        metavar="CONFIG.yaml",
         help="Configuration (`medbridge config` documents every key). Without one, the run folder's own, or the "
         "defaults with `--model` and `--data`.",
         show_default=False,
     ),
 ]
 RunOption = Annotated[
-    Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder; an existing one is continued.")
-]
+    Path | None,
+    typer.Option(
+        "--run", "-r", metavar="DIR", help="Run folder; default: runs/NAME. An existing one is continued.",
+        show_default=False,
+    ),
+]  # fmt: skip
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,7 +82,11 @@ DataOption = Annotated[
 StrataOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--stratum", "-s", help="Stratum to train on; repeatable. Default: by the last verdicts.", show_default=False
+        "--stratum",
+        "-s",
+        metavar="NAME",
+        help="Stratum to train on; repeatable. Default: by the last verdicts.",
+        show_default=False,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -108,7 +116,7 @@ def _main(
 
 
 @app.command()
-def demo(run: RunOption = Path("runs/demo"), as_json: JsonOption = False) -> None:
+def demo(run: RunOption = None, as_json: JsonOption = False) -> None:
     """Run the main job on the embedded default: a tiny model made from nothing, questions on real brain slices.
 
     Takes a few minutes on two CPU cores. The slices are of one average brain: this shows the method and is no
@@ -118,18 +126,16 @@ def demo(run: RunOption = Path("runs/demo"), as_json: JsonOption = False) -> Non
     from medbridge.config import parse_config
 
     settings = parse_config(source.read_text(encoding="utf-8"), source="demo.yaml")
-    with _open_run(run, settings, Path.cwd()) as opened:
+    folder = run or Path("runs") / settings.name
+    with _open_run(folder, settings, Path.cwd()) as opened:
         opened.execute()
-    _conclude(run, as_json)
+    _conclude(folder, as_json)
 
 
 @app.command("run")
 def run_command(
     config: ConfigArgument = None,
-    run: Annotated[
-        Path | None,
-        typer.Option("--run", "-r", metavar="DIR", help="Run folder; default: runs/NAME. An existing one is resumed."),
-    ] = None,
+    run: RunOption = None,
     model: ModelOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -149,7 +155,7 @@ def run_command(
 @app.command()
 def diagnose(
     config: ConfigArgument = None,
-    run: RunOption = Path("runs/diagnosis"),
+    run: RunOption = None,
     model: ModelOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -157,15 +163,16 @@ def diagnose(
 ) -> None:
     """Measure support and Acc@1 of a model on data, and give a verdict per stratum. Nothing is trained."""
     settings, base = _settings(config, run, model, data, overrides)
-    with _open_run(run, settings, base) as opened:
+    folder = run or Path("runs") / settings.name
+    with _open_run(folder, settings, base) as opened:
         opened.diagnose(opened.next_round(), opened.current_model())
-    _conclude(run, as_json)
+    _conclude(folder, as_json)
 
 
 @app.command()
 def bridge(
     config: ConfigArgument = None,
-    run: RunOption = Path("runs/bridge"),
+    run: RunOption = None,
     model: ModelOption = None,
     data: DataOption = None,
     strata: StrataOption = None,
@@ -179,7 +186,7 @@ def bridge(
 @app.command()
 def sharpen(
     config: ConfigArgument = None,
-    run: RunOption = Path("runs/sharpen"),
+    run: RunOption = None,
     model: ModelOption = None,
     data: DataOption = None,
     strata: StrataOption = None,
@@ -246,7 +253,7 @@ def config_command(
     path: Annotated[
         Path | None,
         typer.Argument(
-            help="A configuration to check and print with all defaults.", metavar="[CONFIG.yaml]", show_default=False
+            help="A configuration to check and print with all defaults.", metavar="CONFIG.yaml", show_default=False
         ),
     ] = None,
     overrides: SetOption = None,
@@ -355,7 +362,7 @@ def data_show(
 def _train(
     kind: str,
     config: Path | None,
-    run: Path,
+    run: Path | None,
     model: str | None,
     data: list[str] | None,
     strata: list[str] | None,
@@ -363,10 +370,11 @@ def _train(
     as_json: bool,
 ) -> None:
     settings, base = _settings(config, run, model, data, overrides)
-    with _open_run(run, settings, base) as opened:
+    folder = run or Path("runs") / settings.name
+    with _open_run(folder, settings, base) as opened:
         result = opened.train_once(kind, strata)
-    _write_report(run)
-    _emit({"stage": kind, "model": str(run / result), "report": str(run / "report.html")}, as_json)
+    written = _write_report(folder)
+    _emit({"stage": kind, "model": str(folder / result), "report": str(written)}, as_json)
 
 
 def _settings(
@@ -384,7 +392,12 @@ def _settings(
     if config is not None:
         return load_config(config, extra), config.resolve().parent
     if stored is not None and stored.is_file():
-        return load_config(stored, extra), Path.cwd()
+        from medbridge.ledger import Ledger
+
+        ledger = Ledger(stored.with_name("run.sqlite"), read_only=True)
+        base = ledger.meta("base_dir")
+        ledger.close()
+        return load_config(stored, extra), Path(base or Path.cwd())
     if not data:
         raise MedbridgeError(
             "nothing to work on: give a CONFIG.yaml, an existing run folder (--run), or --data KIND[:PATH] "

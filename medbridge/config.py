@@ -68,6 +68,7 @@ class RunSettings(BaseModel):
 
     name: str = Field("run", description="Name shown in the report.")
     seed: int = Field(0, ge=0, description="Seed of weights, data order, option orders and samples.")
+    tensorboard: bool = Field(False, description="Write training metrics to TensorBoard files in the run folder too.")
     model: ModelSettings = Field(default_factory=ModelSettings, description="The model.")
     data: DataSettings = Field(description="Data sets, strata, and how questions are asked.")
     rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="How completions are drawn.")

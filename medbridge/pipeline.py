@@ -13,7 +13,8 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,7 +38,7 @@ from medbridge.progress import Reporter
 from medbridge.rollout import Engine, Graded, Request, SamplingSettings, TransformersEngine
 from medbridge.train import Example, train_rl, train_sft
 from medbridge.train.rewards import reward
-from medbridge.train.sft import Examples, seeded
+from medbridge.train.sft import Examples, OnStep, seeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class Run:
         self._opened = time.monotonic()
         self._worked: float = self.ledger.meta("worked_seconds") or 0.0
         self._check_settings()
+        self.ledger.set_meta("base_dir", str(base_dir.resolve()))
         self.images = ImageCache(settings.data.image_cache_mb << 20)
         self.items: ItemSet = open_items(settings.data, base_dir=base_dir, cache_dir=folder / "data")
         if self.items.skipped:
@@ -256,16 +258,7 @@ class Run:
         self, stage: Stage, examples: Examples, replay: Examples | None, settings: Any, summary: dict[str, Any]
     ) -> Stage:
         policy = Policy.load(str(self._path(stage.model)), self.settings.model, trainable=True)
-        with self.reporter.task(f"{stage.kind}: SFT", settings.steps, "steps") as meter:
-
-            def on_step(step: int, metrics: dict[str, float], ids: list[str]) -> None:
-                self.ledger.log_step(stage.stage_id, step, metrics, ids)
-                meter.advance(1, f"loss {metrics['loss']:.3f}")
-
-            def on_start(step: int) -> None:
-                self.ledger.rewind(stage.stage_id, step)
-                meter.advance(step)
-
+        with self._recording(stage, "SFT", settings.steps, "loss") as (on_start, on_step):
             train_sft(
                 policy, examples, replay, settings, model=self.settings.model, prompts=self.settings.data.prompt,
                 images=self.images, seed=self._seed(stage), checkpoints=self._checkpoints(stage),
@@ -326,22 +319,41 @@ class Run:
             # read back, so that a resumed step trains on the very bytes that this one does
             return self.ledger.rollouts(stage.stage_id, step=step)
 
-        with self.reporter.task("sharpen: GRPO", settings.steps, "steps") as meter:
-
-            def on_step(step: int, metrics: dict[str, float], ids: list[str]) -> None:
-                self.ledger.log_step(stage.stage_id, step, metrics, ids)
-                meter.advance(1, f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}")
-
-            def on_start(step: int) -> None:
-                self.ledger.rewind(stage.stage_id, step)
-                meter.advance(step)
-
+        with self._recording(stage, "GRPO", settings.steps, "reward") as (on_start, on_step):
             train_rl(
                 policy, items, settings, sample, model=self.settings.model, prompts=self.settings.data.prompt,
                 images=self.images, max_new_tokens=self.settings.rollout.max_new_tokens, seed=seed,
                 checkpoints=self._checkpoints(stage), on_start=on_start, on_step=on_step,
             )  # fmt: skip
         return _result(self._finish_training(stage, policy, {"items": len(items)}))
+
+    @contextmanager
+    def _recording(
+        self, stage: Stage, method: str, steps: int, shown: str
+    ) -> Iterator[tuple[Callable[[int], None], OnStep]]:
+        """Callbacks of a training stage that keep its steps in the ledger, on the bar and, if asked, in TensorBoard."""
+        writer = None
+        with self.reporter.task(f"{stage.kind}: {method}", steps, "steps") as meter:
+
+            def on_start(step: int) -> None:
+                nonlocal writer
+                self.ledger.rewind(stage.stage_id, step)
+                meter.advance(step)
+                if self.settings.tensorboard:
+                    writer = _tensorboard(self.folder / "tensorboard" / f"{stage.stage_id:02d}-{stage.kind}", step + 1)
+
+            def on_step(step: int, metrics: dict[str, float], ids: list[str]) -> None:
+                self.ledger.log_step(stage.stage_id, step, metrics, ids)
+                meter.advance(1, f"{shown} {metrics[shown]:.3f}")
+                if writer is not None:
+                    for name, value in metrics.items():
+                        writer.add_scalar(name, value, step)
+
+            try:
+                yield on_start, on_step
+            finally:
+                if writer is not None:
+                    writer.close()
 
     def _finish_training(self, stage: Stage, policy: Policy, summary: dict[str, Any]) -> Stage:
         folder = self.folder / "models" / f"{stage.stage_id:02d}-{stage.kind}"
@@ -423,7 +435,7 @@ class Run:
         new = self.settings.model_dump(mode="json")
         old = self.ledger.meta("config")
         if old is not None:
-            free = {"name", "budget"}  # may change: they decide how far a run goes, not what it finds
+            free = {"name", "budget", "tensorboard"}  # may change: they decide how far a run goes, not what it finds
             changed = [key for key in _differences(old, new) if key.split(".")[0] not in free]
             if changed:
                 raise MedbridgeError(
@@ -516,6 +528,16 @@ def environment() -> dict[str, str]:
 def _result(stage: Stage) -> str:
     assert stage.result_model is not None
     return stage.result_model
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MedbridgeError(
+            "tensorboard is true, and the package is not installed: pip install 'medbridge[train]', or set it to false."
+        ) from error
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from medbridge.torchvision_ops import declare
@@ -79,6 +80,13 @@ def write_tiny_data(folder: Path, per_split: int = 12) -> Path:
                 )  # fmt: skip
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """Loading a model has the processor flush denormal numbers, for the whole process; other tests count on them."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -182,16 +183,22 @@ class Policy:
         attention = _pick_attention(settings.attention, device)
         transformers_logging.disable_progress_bar()
         try:
-            model = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=held, attn_implementation=attention, trust_remote_code=False
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=held, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
             )
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise MedbridgeError(
                 f"model {path!r} can't be loaded: {error}\n"
                 "Give a folder or id of an image-text-to-text model that transformers knows (model.path), with "
                 "its processor files beside the weights."
             ) from error
+        if info["missing_keys"]:
+            raise MedbridgeError(
+                f"model {path!r}: its files lack {len(info['missing_keys'])} of its weights (for example "
+                f"{min(info['missing_keys'])!r}), which would stay random. Get the whole model, or correct its "
+                "config.json."
+            )
         if not hasattr(processor, "tokenizer"):
             raise MedbridgeError(f"model {path!r}: its processor has no tokenizer; give a vision-language model.")
         if processor.tokenizer.chat_template is None and getattr(processor, "chat_template", None) is None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medbridge.data import ImageCache, Item, PromptSettings, build_prompt, load_image, target_completion
@@ -60,6 +60,13 @@ def reference(policy: Policy, item: Item, order: tuple[int, ...], prompt: Prompt
     pictures = [load_image(path) for path in item.images]
     special = {"add_special_tokens": False} if text.startswith("<bos>") else {}
     return dict(processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt", **special))
+
+
+def drop_weight(folder: Path, name: str) -> None:
+    """Take a weight out of a model's file."""
+    stored = load_file(folder / "model.safetensors")
+    del stored[name]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
 
 
 # -- encoding ------------------------------------------------------------------------------------------------------
@@ -111,15 +118,28 @@ def test_text_of_an_encoded_prompt_shows_one_placeholder_for_each_image(
     assert "- dark\n- grey\n- bright" in first.text and "- bright\n- grey\n- dark" in second.text
 
 
-def test_encodings_are_kept_within_their_memory(model_folder: Callable[[str], Path], train_items: list[Item]) -> None:
-    loaded = Policy.load(str(model_folder("qwen2_5_vl")), ModelSettings())
-    policy = Policy(loaded.model, loaded.processor, path=loaded.path, compute_dtype=loaded.compute_dtype, cache_mb=0)
-    cache = ImageCache(0)
-    for _ in range(2):
-        for item in train_items:
-            policy.encode(item, orders_of(item), PROMPT, cache)
-    assert len(policy._cache) == 1
-    assert len(loaded._cache) == 0
+def test_encodings_are_kept_within_their_memory(load_policy: Callable[..., Policy], train_items: list[Item]) -> None:
+    loaded = load_policy()
+    one_by_one = Policy(loaded.model, loaded.processor, path=loaded.path, compute_dtype=torch.float32, cache_mb=0)
+    encoded = {}
+    for policy, kept in ((loaded, len(train_items)), (one_by_one, 0)):
+        cache = ImageCache(0)
+        for _ in range(2):
+            for item in train_items:
+                encoded[policy, item.id] = policy.encode(item, orders_of(item), PROMPT, cache)
+        assert len(policy._cache) == kept
+        assert policy._cache_bytes == sum(head.nbytes() for head in policy._cache.values())
+    for item in train_items:
+        for first, second in zip(encoded[loaded, item.id], encoded[one_by_one, item.id], strict=True):
+            assert torch.equal(first.ids, second.ids)
+
+
+def test_a_prompt_that_fills_the_context_is_refused(
+    changed_model: Callable[..., Path], load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
+) -> None:
+    folder = changed_model("qwen2_5_vl", {"config.json": {"text_config": {"max_position_embeddings": 16}}})
+    with pytest.raises(MedbridgeError, match=f"item '{train_items[0].id}': its prompt has .* takes 16 with the answer"):
+        load_policy(path=folder).encode(train_items[0], [(0, 1, 2)], PROMPT, images)
 
 
 def test_a_supervised_completion_ends_its_turn_and_decodes_to_itself(load_policy: Callable[..., Policy]) -> None:
@@ -234,6 +254,7 @@ def test_a_tied_model_stays_tied(
 ) -> None:
     tie = {"tie_word_embeddings": True}
     folder = changed_model("qwen2_5_vl", {"config.json": {**tie, "text_config": tie}})
+    drop_weight(folder, "lm_head.weight")
     policy = load_policy(path=folder, trainable=True)
     head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
     assert head.weight.data_ptr() == embedding.weight.data_ptr()
@@ -327,7 +348,7 @@ def test_an_image_the_processor_refuses_names_the_item(
     path = tmp_path / "thin.png"
     Image.new("RGB", (400, 1)).save(path)
     item = dataclasses.replace(train_items[0], id="thin/train/0", images=(str(path),))
-    with pytest.raises(MedbridgeError, match="item 'thin/train/0': the processor .* refuses"):
+    with pytest.raises(MedbridgeError, match=r"item 'thin/train/0': the processor .* refuses"):
         load_policy().encode(item, [(0, 1, 2)], PROMPT, ImageCache(0))
 
 
