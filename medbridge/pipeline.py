@@ -62,18 +62,21 @@ class Run:
             base_dir: folder that relative data paths start from (the YAML file's).
             reporter: where progress is shown.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.settings = settings
         self.reporter = reporter
         self._lock = _lock(folder)
-        self.ledger = Ledger(folder / "run.sqlite")
-        self._opened = time.monotonic()
-        self._worked: float = self.ledger.meta("worked_seconds") or 0.0
-        self._check_settings()
-        self.ledger.set_meta("base_dir", str(base_dir.resolve()))
-        self.images = ImageCache(settings.data.image_cache_mb << 20)
-        self.items: ItemSet = open_items(settings.data, base_dir=base_dir, cache_dir=folder / "data")
+        try:
+            self.ledger = Ledger(folder / "run.sqlite")
+            self._opened = time.monotonic()
+            self._worked: float = self.ledger.meta("worked_seconds") or 0.0
+            self._refuse_changed_settings()
+            self.images = ImageCache(settings.data.image_cache_mb << 20)
+            self.items: ItemSet = open_items(settings.data, base_dir=base_dir, cache_dir=folder / "data")
+        except BaseException:
+            self._lock.close()  # also where the error is kept, and with it this object
+            raise
+        self._store_settings(base_dir)  # only now: a run that could not begin binds nobody to its settings
         if self.items.skipped:
             reporter.say(f"{len(self.items.skipped)} rows skipped; the first: {self.items.skipped[0]}")
         self.strata_keys = settings.data.strata
@@ -180,6 +183,11 @@ class Run:
         if settings.from_nothing.format_steps == 0:
             return self._remember_base(self._relative(made))
         strata = sorted({item.stratum(self.strata_keys) for item in self.items.split("train")})
+        if not strata:
+            raise MedbridgeError(
+                "model.from_nothing.format_steps teaches the answer form on training items, and the data has none. Add "
+                "a source with a train split, or set it to 0."
+            )
         stage = self._stage_of(0, ("format",)) or self._begin(0, "format", self._relative(made), strata)
         if stage.status == "running":
             plan = self.settings.sft.model_copy(
@@ -430,8 +438,8 @@ class Run:
     def _relative(self, folder: Path) -> str:
         return folder.relative_to(self.folder).as_posix()
 
-    def _check_settings(self) -> None:
-        """Store the settings, or hold a resumed run to those that its results so far came from."""
+    def _refuse_changed_settings(self) -> None:
+        """Hold a resumed run to the settings that its results so far came from."""
         new = self.settings.model_dump(mode="json")
         old = self.ledger.meta("config")
         if old is not None:
@@ -442,8 +450,11 @@ class Run:
                     f"{self.folder}: this run was begun with other settings ({', '.join(changed[:8])}). Its results "
                     "would mix. Give the settings it was begun with (its config.yaml), or another run folder."
                 )
-        self.ledger.set_meta("config", new)
+
+    def _store_settings(self, base_dir: Path) -> None:
+        self.ledger.set_meta("config", self.settings.model_dump(mode="json"))
         self.ledger.set_meta("name", self.settings.name)
+        self.ledger.set_meta("base_dir", str(base_dir.resolve()))
         self.ledger.set_meta("environment", environment())
         (self.folder / "config.yaml").write_text(dump_config(self.settings), encoding="utf-8")
 
@@ -541,7 +552,11 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
 
 
 def _lock(folder: Path) -> IO[str]:
-    handle = (folder / "run.lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / "run.lock").open("w")
+    except OSError as error:
+        raise MedbridgeError(f"{folder}: can't be used as a run folder ({error}). Name another one.") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

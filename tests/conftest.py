@@ -156,6 +156,39 @@ def load_policy(model_folder: Callable[[str], Path]) -> Callable[..., Policy]:
     return load
 
 
+@pytest.fixture(scope="session")
+def formed(
+    load_policy: Callable[..., Policy],
+    train_items: list[Item],
+    images: ImageCache,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The tiny model after some SFT on each item's options in turn: it answers in the right form, and guesses."""
+    from medbridge.data import PromptSettings, permutation
+    from medbridge.model import ModelSettings
+    from medbridge.train import Example, SftSettings, train_sft
+
+    class Guesses:
+        def __len__(self) -> int:
+            return len(train_items)
+
+        def example(self, index: int, visit: int) -> Example:
+            item = train_items[index]
+            assert item.options is not None
+            guess = item.options[(index + visit) % len(item.options)]
+            return Example(item, permutation(item, 0, visit), f"<answer>{guess}</answer>")
+
+    folder = tmp_path_factory.mktemp("formed")
+    policy = load_policy(trainable=True)
+    train_sft(
+        policy, Guesses(), None,
+        SftSettings(steps=80, batch_size=8, micro_batch_size=8, learning_rate=5e-3, warmup_steps=3),
+        model=ModelSettings(), prompts=PromptSettings(**PROMPT), images=images, seed=0,
+        checkpoints=folder / "checkpoints", on_start=lambda step: None, on_step=lambda step, metrics, ids: None,
+    )  # fmt: skip
+    return policy.save(folder / "model")
+
+
 @pytest.fixture
 def changed_model(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of a tiny model's folder with JSON files changed: `changed_model("gemma3", {"config.json": {...}})`."""

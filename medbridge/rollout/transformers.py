@@ -2,7 +2,8 @@
 
 All samples of an item share its images and its question; only the order of the options differs. So a batch is
 prefilled in two steps: what an item's prompts have in common once per item, then each option order's remaining
-tokens on a copy of that cache. All samples are decoded together from there.
+tokens on a copy of that cache. From there samples are decoded together, and as long as two of them have said the same,
+they are one row.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from medbridge.rollout.sampling import draw, uniforms
 
 @dataclass(slots=True)
 class _State:
-    """Rows being decoded: the cache, which cache slots each row may see, and each row's next position."""
+    """Rows being decoded: their cache, which cache slots each may see, their next positions and next logits."""
 
     cache: DynamicCache
     mask: Tensor  # [rows, slots]
@@ -85,7 +86,6 @@ class TransformersEngine:
             variant_of_row.extend(variants + orders.index(order) for order in request.permutations)
             variants += len(orders)
         state = self._prefill(units)
-        state.select(torch.tensor(variant_of_row, device=device))
 
         samples = [(request.item.id, sample) for request in requests for sample in request.samples]
         limit = sampling.max_new_tokens
@@ -101,19 +101,23 @@ class TransformersEngine:
         logprobs = torch.zeros(rows, limit, device=device)
         lengths = torch.full((rows,), limit, device=device)
         stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-        alive = torch.arange(rows, device=device)  # the row that each decoded row belongs to
+        alive = torch.arange(rows, device=device)  # samples that have not ended
+        row_of = torch.tensor(variant_of_row, device=device)  # the decoded row that each of them follows
         for step in range(limit):
-            token, logprob = draw(state.logits, temperature[alive], sampling.top_p, noise[alive, step])
+            token, logprob = draw(state.logits[row_of], temperature[alive], sampling.top_p, noise[alive, step])
             tokens[alive, step], logprobs[alive, step] = token, logprob
             ended = torch.isin(token, stops)
             lengths[alive[ended]], stopped[alive[ended]] = step + 1, True
             going = (~ended).nonzero()[:, 0]
             if len(going) == 0 or step + 1 == limit:
                 break
-            if len(going) < len(alive):
-                state.select(going)
-                alive, token = alive[going], token[going]
-            self._advance(state, token)
+            alive = alive[going]
+            # Samples that share a row and drew the same token go on sharing one.
+            branches, row_of = torch.unique(row_of[going] * policy.vocab_size + token[going], return_inverse=True)
+            parents = branches // policy.vocab_size
+            if len(parents) != len(state.logits) or bool((parents.diff() != 1).any()):
+                state.select(parents)
+            self._advance(state, branches % policy.vocab_size)
 
         rollouts = []
         tokens_cpu, logprobs_cpu = tokens.cpu().numpy(), logprobs.cpu().numpy()

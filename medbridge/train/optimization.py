@@ -53,10 +53,13 @@ class OptimizerSettings(BaseModel):
 class Trainable:
     """The parameters under training with their optimizer. Use as a context: adapters merge when it ends well."""
 
-    def __init__(self, policy: Policy, model: ModelSettings, settings: OptimizerSettings, steps: int) -> None:
+    def __init__(
+        self, policy: Policy, model: ModelSettings, settings: OptimizerSettings, steps: int, *, seed: int
+    ) -> None:
         self.policy = policy
         self.settings = settings
         self.steps = steps
+        self.seed = seed
         self._adapted: Any = None
         network: nn.Module = policy.model
         if model.lora is not None:
@@ -66,6 +69,7 @@ class Trainable:
                 r=model.lora.rank, lora_alpha=model.lora.alpha, lora_dropout=model.lora.dropout,
                 target_modules=model.lora.targets,
             )  # fmt: skip
+            torch.manual_seed(seed)  # a stage that begins again begins with the same adapters
             try:
                 self._adapted = get_peft_model(policy.model, lora)
             except ValueError as error:
@@ -84,6 +88,10 @@ class Trainable:
             weight_decay=settings.weight_decay, fused=policy.device.type == "cuda",
         )  # fmt: skip
         policy.model.train()
+
+    def begin(self, step: int) -> None:
+        """Seed a step's dropout, so that a step taken again after a kill is the same."""
+        torch.manual_seed(self.seed + step)
 
     def step(self, step: int) -> dict[str, float]:
         """Clip, update, clear the gradients. A non-finite gradient stops the stage before it spoils the weights."""

@@ -88,7 +88,7 @@ def train_rl(
     """
     sampling = SamplingSettings(temperature=settings.temperature, top_p=1.0, max_new_tokens=max_new_tokens)
     learner = _Learner(policy, settings, prompts, images, max_new_tokens)
-    trainable = Trainable(policy, model, settings, settings.steps)
+    trainable = Trainable(policy, model, settings, settings.steps, seed=seed)
     start = trainable.restore(checkpoints)
     on_start(start)
     shuffle = Shuffle(len(items), seed)
@@ -98,6 +98,7 @@ def train_rl(
         requests = _groups([items[index] for index, _ in taken], step, settings.completions, seed)
         graded = list(sample(step, requests, sampling))
         sampled = time.perf_counter()
+        trainable.begin(step)
         metrics = learner.update(step, requests, graded, trainable)
         metrics["seconds_sampling"] = sampled - began
         metrics["seconds_training"] = time.perf_counter() - sampled

@@ -77,7 +77,7 @@ def train_sft(
     The loss is the mean cross-entropy (nats) over all completion tokens of the step, however they fall into
     micro-batches. `on_start` is told the step from which training goes on.
     """
-    trainable = Trainable(policy, model, settings, settings.steps)
+    trainable = Trainable(policy, model, settings, settings.steps, seed=seed)
     start = trainable.restore(checkpoints)
     on_start(start)
     replayed = round(settings.batch_size * settings.replay_share) if replay is not None and len(replay) else 0
@@ -91,6 +91,7 @@ def train_sft(
             for source, shuffle, size in streams
             for index, visit in shuffle.take((step - 1) * size, size)
         ]
+        trainable.begin(step)
         loss, tokens = _accumulate(policy, batch, settings.micro_batch_size, prompts, images)
         metrics = {"loss": loss, **trainable.step(step)}
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)

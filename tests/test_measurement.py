@@ -1,0 +1,272 @@
+"""Measuring: counts from stored outcomes, clusters, further looks at undecided strata, the most frequent answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from medbridge.config import RunSettings
+from medbridge.data import ImageCache, Item, Outcome, permutation
+from medbridge.ledger import Ledger, Stage
+from medbridge.measurement import (
+    by_stratum,
+    cluster_of,
+    frequent_answer_baseline,
+    measurement_request,
+    run_measurement,
+    summarise_sampling,
+    tally_items,
+)
+from medbridge.model import Policy
+from medbridge.progress import Reporter
+from medbridge.rollout import GREEDY, Graded, Rollout, TransformersEngine
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger(tmp_path / "run.sqlite")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def reporter(tmp_path: Path) -> Iterator[Reporter]:
+    with (tmp_path / "log").open("w") as log:
+        yield Reporter(Console(file=log))
+
+
+def begin(ledger: Ledger) -> Stage:
+    return ledger.begin_stage(round=0, kind="diagnose", model="m", strata=[], plan={})
+
+
+def entry(item_id: str, sample: int, status: str, option: int | None = None, answer: str | None = None) -> Graded:
+    tokens = np.array([1, 2, 3], dtype=np.int32)
+    reason = "length" if status == "abstain" else "stop"
+    rollout = Rollout(item_id, sample, (0, 1), "...", tokens, np.zeros(3, np.float32), reason, 9)  # type: ignore[arg-type]
+    return Graded(rollout, Outcome(status, option, answer, None, False))  # type: ignore[arg-type]
+
+
+def items_of(names: Iterable[str], split: str = "validation", **changes: Any) -> list[Item]:
+    values: dict[str, Any] = {
+        "dataset": "d", "split": split, "question": "Which?", "answer": "yes", "options": ("yes", "no"), "images": (),
+        "tags": {}, "floor": 0.5, **changes,
+    }  # fmt: skip
+    return [Item(id=f"d/{split}/{name}", **values) for name in names]
+
+
+# -- tallies -------------------------------------------------------------------------------------------------------
+
+
+def test_tallies_count_what_is_stored(ledger: Ledger) -> None:
+    stage = begin(ledger)
+    a, b, c, d = items_of("abcd")
+    ledger.save_rollouts(
+        stage.stage_id,
+        0,
+        [
+            entry(a.id, GREEDY, "wrong", 1, "no"),
+            entry(a.id, 0, "correct", 0, "yes"),
+            entry(a.id, 1, "correct", 0, "yes"),
+            entry(a.id, 2, "wrong", 1, "no"),
+            entry(a.id, 3, "abstain"),
+            entry(b.id, 0, "abstain"),
+            entry(c.id, GREEDY, "correct", None, "Left Lung"),
+            entry(c.id, 0, "correct", None, "left lung."),
+            entry(c.id, 1, "wrong", None, None),
+        ],
+    )
+    found = tally_items(ledger, stage.stage_id, [c, a, b, d], [])
+    assert [tally.item_id for tally in found] == [c.id, a.id, b.id, d.id]
+    by_id = {tally.item_id: tally for tally in found}
+    first = by_id[a.id]
+    assert (first.n, first.c, first.abstained, first.greedy_correct) == (4, 2, 1, False)
+    assert dict(first.votes) == {"0": 2, "1": 1}
+    assert (by_id[b.id].n, by_id[b.id].c, by_id[b.id].abstained, by_id[b.id].greedy_correct) == (1, 0, 1, None)
+    assert dict(by_id[b.id].votes) == {}
+    assert (by_id[c.id].greedy_correct, by_id[c.id].n, by_id[c.id].c) == (True, 2, 1)
+    assert by_id[d.id].n == 0 and by_id[d.id].greedy_correct is None
+    assert {tally.floor for tally in found} == {0.5}
+
+
+def test_clusters_are_tags_or_shared_images() -> None:
+    one, two = items_of("ab", images=("/x/1.png",), tags={"patient": "P1", "slice": "3"})
+    [other] = items_of("c", images=("/x/2.png",), tags={"slice": "3"})
+    [bare] = items_of("e")
+    assert cluster_of(one, []) == cluster_of(two, []) != cluster_of(other, [])
+    assert cluster_of(bare, []) == bare.id
+    assert cluster_of(one, ["slice"]) == cluster_of(other, ["slice"])
+    assert cluster_of(one, ["patient", "slice"]) == cluster_of(two, ["patient", "slice"])
+    assert cluster_of(other, ["patient"]) not in (cluster_of(one, ["patient"]), cluster_of(bare, ["patient"]))
+
+
+def test_strata_are_sorted_and_their_items_in_a_seeded_order(tiny_items: list[Item]) -> None:
+    strata = by_stratum(tiny_items, ["task"], seed=0)
+    assert list(strata) == ["shade", "side"]
+    assert {item.id for items in strata.values() for item in items} == {item.id for item in tiny_items}
+    assert by_stratum(tiny_items[::-1], ["task"], seed=0) == strata
+    assert by_stratum(tiny_items, ["task"], seed=1) != strata
+    assert list(by_stratum(tiny_items, [], seed=0)) == ["squares"]
+
+
+def test_a_request_has_one_greedy_and_the_wanted_samples_each_with_its_own_order(tiny_items: list[Item]) -> None:
+    item = tiny_items[0]
+    request = measurement_request(item, 5, seed=3)
+    assert request.samples == (GREEDY, 0, 1, 2, 3, 4)
+    assert request.permutations == tuple(permutation(item, 3, number) for number in request.samples)
+
+
+# -- looks ---------------------------------------------------------------------------------------------------------
+
+
+class Case:
+    """A measuring stage whose outcomes are stored beforehand, so that the looks can be followed."""
+
+    def __init__(self, ledger: Ledger, engine: TransformersEngine, reporter: Reporter, settings: Any) -> None:
+        self.ledger, self.engine, self.reporter, self.settings = ledger, engine, reporter, settings
+        self.stage = begin(ledger)
+
+    def store(self, items: Sequence[Item], correct: Callable[[int], int], samples: int = 4) -> None:
+        """Of the samples of the i-th item, `correct(i)` are right; it counts as greedily right if most are."""
+        for index, item in enumerate(items):
+            right = correct(index)
+            rows = [entry(item.id, GREEDY, "correct" if 2 * right > samples else "wrong", 0, "x")]
+            rows += [entry(item.id, n, "correct" if n < right else "wrong", 0, "x") for n in range(samples)]
+            self.ledger.save_rollouts(self.stage.stage_id, 0, rows)
+
+    def measure(self, strata: dict[str, list[Item]], *, widen: bool = True, **sections: Any) -> dict[str, Any]:
+        rows = run_measurement(
+            self.ledger, self.stage, self.engine, strata, self.settings(**sections), self.reporter, widen=widen
+        )
+        return {row.stratum: row for row in rows}
+
+
+@pytest.fixture
+def case(
+    ledger: Ledger,
+    reporter: Reporter,
+    load_policy: Callable[..., Policy],
+    images: ImageCache,
+    tiny_settings: Callable[..., RunSettings],
+) -> Case:
+    policy = load_policy()
+    engine = TransformersEngine(policy, tiny_settings().data.prompt, images, batch_size=64)
+    return Case(ledger, engine, reporter, tiny_settings)
+
+
+def pool(stratum: str, count: int) -> list[Item]:
+    return [
+        dataclasses.replace(item, options=None, floor=0.0, images=(f"/{stratum}/{index}.png",))
+        for index, item in enumerate(items_of(f"{stratum}{n}" for n in range(count)))
+    ]
+
+
+LOOK = {"diagnosis": {"items_per_stratum": 8}, "gate": {"min_items": 4, "alpha": 0.06, "accuracy_target": 0.5}}
+
+
+def test_a_decided_stratum_is_looked_at_once_and_an_undecided_one_doubles(case: Case) -> None:
+    weak, open_, strong = pool("weak", 40), pool("open", 40), pool("strong", 40)
+    case.store(weak, lambda i: 0)
+    case.store(open_, lambda i: 4 * (i % 2))  # half of the items are within reach: just at the threshold of 0.5
+    case.store(strong, lambda i: 4)
+    rows = case.measure({"weak": weak, "open": open_, "strong": strong}, **LOOK)
+    assert {name: row.kind for name, row in rows.items()} == {"weak": "bridge", "open": "undecided", "strong": "done"}
+    assert {name: row.support["items"] for name, row in rows.items()} == {"weak": 8, "open": 40, "strong": 8}
+    # 8, 16, and then all 40, since 8 more would be too few for another look: three looks share alpha
+    assert {row.support["confidence"] for row in rows.values()} == {1 - 2 * 0.06 / 3}
+    assert len(case.ledger.tallies(case.stage.stage_id)) == 8 + 40 + 8
+    assert case.engine.policy._cache_bytes == 0  # all outcomes were there: nothing was sampled
+
+
+def test_a_stratum_with_few_items_ends_undecided(case: Case) -> None:
+    few = pool("few", 3)
+    case.store(few, lambda i: 4)
+    rows = case.measure({"few": few}, **LOOK)
+    assert rows["few"].kind == "undecided"
+    assert rows["few"].support["confidence"] == 1 - 2 * 0.06  # one look only: alpha is not shared
+
+
+def test_the_limit_of_items_holds_and_test_splits_are_measured_whole(case: Case) -> None:
+    items = pool("open", 40)
+    case.store(items, lambda i: 4 * (i % 2))
+    limited = {**LOOK, "diagnosis": {"items_per_stratum": 8, "max_items_per_stratum": 12}}
+    assert case.measure({"open": items}, **limited)["open"].support["items"] == 12
+    whole = case.measure({"open": items}, widen=False, **limited)["open"]
+    assert whole.support["items"] == 40
+    assert whole.support["confidence"] == 1 - 2 * 0.06
+
+
+def test_sampling_goes_on_where_it_was_cut_off(
+    case: Case, tiny_items: list[Item], tmp_path: Path, images: ImageCache
+) -> None:
+    strata = by_stratum([item for item in tiny_items if item.split == "validation"], ["task"], seed=0)
+    case.measure(strata)
+    stored = case.ledger.rollouts(case.stage.stage_id)
+    samples = case.settings().diagnosis.samples
+    assert len(stored) == 12 * (samples + 1)
+    assert case.ledger.sampled(case.stage.stage_id) == {i.id: samples for items in strata.values() for i in items}
+    summary = summarise_sampling(case.ledger, case.stage)
+    assert (summary["items"], summary["rollouts"]) == (12, len(stored))
+    assert summary["tokens"] == sum(len(row.rollout.token_ids) for row in stored)
+    cut = sum(row.rollout.finish_reason == "length" for row in stored)
+    assert summary["truncated_rate"] == pytest.approx(cut / len(stored))
+    again = case.measure(strata)
+    assert len(case.ledger.rollouts(case.stage.stage_id)) == len(stored)
+
+    other = Case(Ledger(tmp_path / "other.sqlite"), case.engine, case.reporter, case.settings)
+    first = [row for row in stored if row.rollout.item_id == strata["shade"][0].id]
+    other.ledger.save_rollouts(other.stage.stage_id, 0, first)
+    resumed = other.measure(strata)
+    assert {n: (r.kind, r.verdict, r.support) for n, r in resumed.items()} == {
+        n: (r.kind, r.verdict, r.support) for n, r in again.items()
+    }
+    for one, two in zip(stored, other.ledger.rollouts(other.stage.stage_id), strict=True):
+        assert (one.rollout.item_id, one.rollout.sample, one.rollout.text) == (
+            two.rollout.item_id, two.rollout.sample, two.rollout.text,
+        )  # fmt: skip
+    other.ledger.close()
+
+
+def test_no_rollouts_have_a_summary_too(ledger: Ledger) -> None:
+    assert summarise_sampling(ledger, begin(ledger))["truncated_rate"] == 0.0
+
+
+# -- the most frequent answer --------------------------------------------------------------------------------------
+
+
+def answers(split: str, kind: str, texts: Sequence[str]) -> list[Item]:
+    return [
+        Item(f"d/{split}/{kind}{n}", "d", split, "Which?", text, None, (f"/{kind}{n}.png",), {"kind": kind}, 0.0)
+        for n, text in enumerate(texts)
+    ]
+
+
+def test_the_baseline_is_the_most_frequent_answer_of_the_kind(tiny_settings: Callable[..., RunSettings]) -> None:
+    train = [
+        *answers("train", "organ", ["Lung", "lung ", "Liver"]),
+        *answers("train", "side", ["b", "a", "yes", "yes"]),
+    ]
+    organ = answers("test", "organ", ["lung", "LUNG", "Liver", "lung"])  # 3 of 4
+    side = answers("test", "side", ["yes", "no"])  # 1 of 2
+    unseen = answers("test", "colour", ["yes", "lung", "red"])  # lung and yes are equally frequent: lung sorts first
+    settings = tiny_settings(diagnosis={"kind_of_question": ["kind"]})
+    found = frequent_answer_baseline(train, {"x": organ, "y": side, "z": unseen, "all": organ + side}, settings)
+    assert {name: entry["accuracy"] for name, entry in found.items()} == pytest.approx(
+        {"x": 3 / 4, "y": 1 / 2, "z": 1 / 3, "all": 4 / 6}
+    )
+    assert {name: entry["items"] for name, entry in found.items()} == {"x": 4, "y": 2, "z": 3, "all": 6}
+    for entry in found.values():
+        assert 0 <= entry["low"] <= entry["accuracy"] <= entry["high"] <= 1
+    overall = tiny_settings(data={"strata": []})
+    assert frequent_answer_baseline(train, {"x": organ}, overall)["x"]["accuracy"] == pytest.approx(3 / 4)
+
+
+def test_the_baseline_without_training_items_or_test_items(tiny_settings: Callable[..., RunSettings]) -> None:
+    test = answers("test", "organ", ["lung"])
+    assert frequent_answer_baseline([], {"x": test}, tiny_settings())["x"]["accuracy"] == 0.0
+    assert frequent_answer_baseline(test, {"x": []}, tiny_settings()) == {}

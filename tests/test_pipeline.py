@@ -1,0 +1,426 @@
+"""Whole tiny runs: they end, they repeat without adding anything, they refuse what would mix results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from medbridge.config import RunSettings, load_config
+from medbridge.errors import MedbridgeError
+from medbridge.ledger import Ledger
+from medbridge.model import Policy
+from medbridge.pipeline import Run, environment
+from medbridge.progress import Reporter
+from medbridge.rollout import GREEDY
+
+TABLES = ("items", "stages", "rollouts", "outcomes", "tallies", "verdicts", "batches", "metrics")
+
+
+@pytest.fixture
+def open_run(
+    tmp_path: Path, tiny_settings: Callable[..., RunSettings], tiny_data: Path
+) -> Iterator[Callable[..., Run]]:
+    """Open a run in a folder of its own, and close the one before; keywords are laid over the tiny settings."""
+    opened: list[Run] = []
+    with (tmp_path / "log").open("w") as log:
+
+        def make(folder: str = "run", **sections: Any) -> Run:
+            for run in opened:
+                run.close()
+            opened.clear()
+            reporter = Reporter(Console(file=log, width=200))
+            run = Run(tmp_path / folder, tiny_settings(**sections), base_dir=tiny_data, reporter=reporter)
+            opened.append(run)
+            return run
+
+        yield make
+        for run in opened:
+            run.close()
+
+
+def counts(ledger: Ledger) -> dict[str, int]:
+    return {table: ledger.count(table) for table in TABLES}
+
+
+def kinds(run: Run) -> list[str]:
+    return [stage.kind for stage in run.ledger.stages()]
+
+
+# -- from end to end -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_to_its_end_and_a_second_time_adds_nothing(open_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = open_run()
+    verdicts = run.execute()
+    # a model that was shown the form in four steps knows nothing: both strata are bridged until the budget is spent
+    assert kinds(run) == ["format", "diagnose", "bridge", "diagnose", "bridge", "diagnose", "evaluate", "evaluate"]
+    assert {name: row.kind for name, row in verdicts.items()} == {"shade": "bridge", "side": "bridge"}
+    stages = run.ledger.stages()
+    assert all(stage.status == "done" and stage.finished is not None for stage in stages)
+    assert [stage.round for stage in stages] == [0, 0, 0, 1, 1, 2, 2, 2]
+    chain = [(stage.model, stage.result_model) for stage in stages if stage.result_model]
+    assert chain == [
+        ("models/from-nothing", "models/01-format"),
+        ("models/01-format", "models/03-bridge"),
+        ("models/03-bridge", "models/05-bridge"),
+    ]
+    assert [stage.model for stage in stages if stage.kind == "evaluate"] == ["models/01-format", "models/05-bridge"]
+    assert run.ledger.meta("base_model") == "models/01-format"
+    assert run.ledger.meta("finished") == {"reason": "the budget of 2 training stages is used up"}
+    assert run.ledger.meta("outcome")["shade"]["kind"] == "bridge"
+    for stage in stages:
+        if stage.kind in ("bridge", "format"):
+            assert stage.summary["steps"] == 4 and stage.summary["first_loss"] > stage.summary["last_loss"]
+            assert set(run.ledger.metrics(stage.stage_id)) >= {"loss", "learning_rate", "gradient_norm"}
+            assert len(run.ledger.trained_items(stage.stage_id)) == 4
+        else:
+            assert stage.summary["items"] == 12 and stage.summary["rollouts"] == 12 * 5
+            assert set(run.ledger.verdicts(stage.stage_id)) == {"shade", "side"}
+        if stage.kind == "evaluate":
+            assert stage.summary["baseline"]["shade"]["accuracy"] == pytest.approx(1 / 3)
+            assert stage.summary["baseline"]["side"]["accuracy"] == pytest.approx(1 / 2)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert sorted(path.name for path in (tmp_path / "run" / "models").iterdir()) == [
+        "01-format", "03-bridge", "05-bridge", "from-nothing",
+    ]  # fmt: skip
+    assert load_config(tmp_path / "run" / "config.yaml") == run.settings
+
+    before, written = counts(run.ledger), (tmp_path / "run" / "models" / "05-bridge" / "model.safetensors").stat()
+    again = open_run()
+    assert again.execute() == verdicts
+    assert counts(again.ledger) == before
+    assert (tmp_path / "run" / "models" / "05-bridge" / "model.safetensors").stat().st_mtime_ns == written.st_mtime_ns
+
+
+def test_two_runs_of_the_same_settings_are_equal(open_run: Callable[..., Run], tmp_path: Path) -> None:
+    found = []
+    for folder in ("first", "second"):
+        run = open_run(folder, budget={"stages": 1})
+        verdicts = run.execute()
+        rollouts = [
+            (row.rollout.item_id, row.rollout.sample, row.rollout.text, row.rollout.logprobs.tobytes())
+            for stage in run.ledger.stages()
+            for row in run.ledger.rollouts(stage.stage_id)
+        ]
+        weights = (tmp_path / folder / "models" / "03-bridge" / "model.safetensors").read_bytes()
+        found.append((verdicts, rollouts, weights, counts(run.ledger)))
+    assert found[0] == found[1]
+    other = open_run("third", budget={"stages": 0}, seed=1)
+    other.execute()
+    assert {row.rollout.text for row in other.ledger.rollouts(2)} != {text for _, _, text, _ in found[0][1]}
+
+
+def test_training_never_sees_the_other_splits_and_test_is_only_evaluated(open_run: Callable[..., Run]) -> None:
+    run = open_run()
+    run.execute()
+    for stage in run.ledger.stages():
+        names = {row.rollout.item_id for row in run.ledger.rollouts(stage.stage_id)}
+        trained = {name for step in run.ledger.trained_items(stage.stage_id) for name in step}
+        splits = {name.split("/")[1] for name in names | trained}
+        assert splits == {{"diagnose": "validation", "evaluate": "test"}.get(stage.kind, "train")}
+
+
+def test_a_given_model_needs_no_format_stage(open_run: Callable[..., Run], formed: Path) -> None:
+    run = open_run(model={"path": str(formed)}, budget={"stages": 0}, diagnosis={"test_split": None})
+    run.execute()
+    assert kinds(run) == ["diagnose"]
+    assert run.ledger.meta("base_model") == str(formed)
+    assert not (run.folder / "models").exists()
+    assert all(row.outcome.status != "abstain" for row in run.ledger.rollouts(1) if row.rollout.sample == GREEDY)
+
+
+def test_no_format_steps_begin_with_the_bare_model(open_run: Callable[..., Run]) -> None:
+    run = open_run(model={"from_nothing": {"format_steps": 0}}, budget={"stages": 0}, diagnosis={"test_split": None})
+    run.execute()
+    assert kinds(run) == ["diagnose"]
+    assert run.ledger.stages()[0].model == "models/from-nothing"
+
+
+def test_the_format_stage_teaches_the_form_and_no_answer(open_run: Callable[..., Run], train_items: list[Any]) -> None:
+    run = open_run(model={"from_nothing": {"format_steps": 60}}, sft={"learning_rate": 5e-3, "batch_size": 8})
+    run.base_model()
+    [stage] = run.ledger.stages()
+    assert stage.kind == "format" and stage.summary["source"] == "random answers"
+    assert stage.strata == ("shade", "side")
+    assert len(run.ledger.metrics(stage.stage_id)["loss"]) == 60
+    run.diagnose(0, run.base_model())
+    outcomes = [row.outcome for row in run.ledger.rollouts(2)]
+    assert sum(outcome.well_formed for outcome in outcomes) > 0.8 * len(outcomes)
+
+
+def test_the_environment_names_versions_and_machine() -> None:
+    found = environment()
+    assert found.keys() >= {"medbridge", "python", "torch", "transformers", "numpy", "machine", "device", "threads"}
+    json.dumps(found)
+
+
+# -- what may not be mixed -----------------------------------------------------------------------------------------
+
+
+def test_changed_settings_are_refused_by_name(open_run: Callable[..., Run]) -> None:
+    open_run(budget={"stages": 0}).execute()
+    for sections, name in (
+        ({"sft": {"learning_rate": 1e-4}}, "sft.learning_rate"),
+        ({"seed": 7}, "seed"),
+        ({"data": {"prompt": {"answer_style": "letter"}}}, "data.prompt.answer_style"),
+        ({"model": {"lora": {"rank": 2}}}, "model.lora"),
+    ):
+        with pytest.raises(MedbridgeError, match=rf"begun with other settings \({name}\)"):
+            open_run(**sections)
+
+
+def test_a_larger_budget_goes_on_with_the_run(open_run: Callable[..., Run]) -> None:
+    first = open_run(budget={"stages": 1})
+    first.execute()
+    before = kinds(first)
+    assert before == ["format", "diagnose", "bridge", "diagnose", "evaluate", "evaluate"]
+    more = open_run(budget={"stages": 2}, name="another name")
+    more.execute()
+    assert kinds(more) == [*before, "bridge", "diagnose", "evaluate"]
+    assert more.ledger.meta("name") == "another name"
+    assert [stage.model for stage in more.ledger.stages() if stage.kind == "evaluate"] == [
+        "models/01-format", "models/03-bridge", "models/07-bridge",
+    ]  # fmt: skip
+
+
+def test_one_folder_serves_one_process_at_a_time(
+    open_run: Callable[..., Run], tiny_config: Callable[..., dict[str, Any]], processes: Any, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(sft={"steps": 300})))
+    child = processes.start(["medbridge.cli", "run", config, "--run", tmp_path / "run"], tmp_path / "child.log")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    with pytest.raises(MedbridgeError, match="another medbridge process is working in this run folder"):
+        open_run(sft={"steps": 300})
+    assert processes.kill(child) == -9
+    open_run(sft={"steps": 300})  # a killed process holds nothing
+
+
+# -- when to stop --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "stages", "reason"),
+    [
+        ({"stages": 0}, 0, "the budget of 0 training stages is used up"),
+        ({"stages": 5, "bridges_per_stratum": 1}, 1, "stages per stratum are used up for shade, side"),
+        ({"stages": 5, "minutes": 1e-6}, 0, "the budget of 1e-06 minutes is used up"),
+    ],
+)
+def test_the_budget_ends_a_run(budget: dict[str, Any], stages: int, reason: str, open_run: Callable[..., Run]) -> None:
+    run = open_run(budget=budget)
+    run.execute()
+    assert kinds(run).count("bridge") == stages
+    assert run.ledger.meta("finished") == {"reason": reason}
+    assert kinds(run).count("evaluate") == 1 + (stages > 0)
+
+
+def test_minutes_are_those_of_work_and_count_over_restarts(open_run: Callable[..., Run]) -> None:
+    run = open_run(budget={"stages": 0})
+    run.execute()
+    run = open_run(budget={"stages": 0})
+    worked = run.ledger.meta("worked_seconds")
+    assert 0 < worked < 60
+    run.ledger.set_meta("worked_seconds", 3600.0)
+    run = open_run(budget={"stages": 5, "minutes": 59.0})
+    # closing the run before had written its own count; what counts is what the ledger said when this one opened
+    run._worked = 3600.0
+    run.execute()
+    assert run.ledger.meta("finished") == {"reason": "the budget of 59 minutes is used up"}
+
+
+def test_undecided_strata_end_a_run_without_training(open_run: Callable[..., Run]) -> None:
+    run = open_run(gate={"min_items": 7})  # each stratum has 6
+    verdicts = run.execute()
+    assert {row.kind for row in verdicts.values()} == {"undecided"}
+    assert run.ledger.meta("finished") == {"reason": "undecided: shade, side"}
+    assert "bridge" not in kinds(run)
+
+
+# -- single stages -------------------------------------------------------------------------------------------------
+
+
+def test_train_once_takes_named_strata_or_those_of_the_last_verdict(open_run: Callable[..., Run]) -> None:
+    run = open_run()
+    with pytest.raises(MedbridgeError, match="this model has not been diagnosed here"):
+        run.train_once("bridge", None)
+    assert run.train_once("bridge", ["side"]) == "models/02-bridge"
+    assert run.ledger.stages()[-1].strata == ("side",)
+    assert run.next_round() == 1 and run.current_model() == "models/02-bridge"
+    run.diagnose(run.next_round(), run.current_model())
+    run.train_once("bridge", None)
+    assert run.ledger.stages()[-1].strata == ("shade", "side")
+    run.diagnose(run.next_round(), run.current_model())
+    with pytest.raises(MedbridgeError, match=r"no stratum's last verdict is sharpen \(shade: bridge, side: bridge\)"):
+        run.train_once("sharpen", None)
+
+
+def test_only_the_named_strata_are_trained_and_the_others_replayed(open_run: Callable[..., Run]) -> None:
+    run = open_run(sft={"replay_share": 0.25})
+    run.train_once("bridge", ["side"])
+    tasks = {item.id: item.tags["task"] for item in run.items.items}
+    for ids in run.ledger.trained_items(run.ledger.stages()[-1].stage_id):
+        assert sorted(tasks[name] for name in ids) == ["shade", "side", "side", "side"]
+
+
+def test_an_unknown_stratum_is_named_with_those_there_are(open_run: Callable[..., Run]) -> None:
+    with pytest.raises(MedbridgeError, match="no training items of stratum 'colour'; training strata are: shade, side"):
+        open_run().train_once("bridge", ["colour"])
+
+
+def test_sharpening_stores_its_rollouts_with_rewards(open_run: Callable[..., Run], formed: Path) -> None:
+    run = open_run(model={"path": str(formed)})
+    result = run.train_once("sharpen", ["side"])
+    stage = run.ledger.stages()[-1]
+    assert (stage.kind, stage.result_model, stage.strata) == ("sharpen", result, ("side",))
+    stored = run.ledger.rollouts(stage.stage_id)
+    assert len(stored) == 2 * 2 * 4  # steps, prompts, completions
+    weight = run.settings.rl.format_weight
+    for row in stored:
+        expected = float(row.outcome.status == "correct") + weight * row.outcome.well_formed
+        assert row.reward == pytest.approx(expected)
+        assert row.rollout.item_id.startswith("squares/train/")
+    for step in (1, 2):
+        batch = run.ledger.rollouts(stage.stage_id, step=step)
+        assert len({(row.rollout.item_id, row.rollout.permutation) for row in batch}) == 2
+    assert set(run.ledger.metrics(stage.stage_id)) >= {
+        "reward", "accuracy", "format", "completion_length", "signal", "seconds_sampling", "seconds_training",
+    }  # fmt: skip
+    assert stage.summary["items"] == 6
+    Policy.load(str(run.folder / result), run.settings.model)
+
+
+def test_a_stage_of_another_kind_that_was_cut_off_comes_first(
+    open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run()
+    run.base_model()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.ledger, "log_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.train_once("bridge", ["side"])
+    with pytest.raises(MedbridgeError, match="a bridge stage was cut off here"):
+        run.train_once("sharpen", ["side"])
+    run.train_once("bridge", None)  # goes on with it
+    assert run.ledger.stages()[-1].status == "done" and run.ledger.stages()[-1].strata == ("side",)
+
+
+# -- what bridging imitates ----------------------------------------------------------------------------------------
+
+
+def test_rejection_sampling_imitates_own_right_answers_only(open_run: Callable[..., Run], formed: Path) -> None:
+    run = open_run(model={"path": str(formed)}, sft={"source": "rejection", "rejection_samples": 6, "steps": 3})
+    run.train_once("bridge", ["side"])
+    [stage] = run.ledger.stages()
+    stored = run.ledger.rollouts(stage.stage_id, step=0)
+    assert len(stored) == 6 * 6 and all(row.rollout.sample != GREEDY for row in stored)
+    right = {
+        (row.rollout.item_id, row.rollout.permutation, row.rollout.text)
+        for row in stored
+        if row.outcome.status == "correct" and row.outcome.well_formed
+    }
+    assert stage.summary["items"] == len(right) > 0
+    trained = {name for ids in run.ledger.trained_items(stage.stage_id) for name in ids}
+    assert trained <= {item_id for item_id, _, _ in right}
+
+
+def test_rejection_sampling_without_a_right_answer_says_so(open_run: Callable[..., Run]) -> None:
+    run = open_run(model={"from_nothing": {"format_steps": 0}}, sft={"source": "rejection", "rejection_samples": 2})
+    with pytest.raises(MedbridgeError, match="no correct, well-formed answer to any training item of side"):
+        run.train_once("bridge", ["side"])
+
+
+@pytest.fixture
+def traced_data(tiny_data: Path, tmp_path: Path) -> Path:
+    """The tiny data with reasoning on half of the training items."""
+    folder = tmp_path / "traced"
+    shutil.copytree(tiny_data, folder)
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        row["trace"] = "I look at the square."
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_traces_are_imitated_where_they_are_wanted(open_run: Callable[..., Run], traced_data: Path) -> None:
+    data = {"sources": [{"kind": "jsonl", "path": str(traced_data)}], "strata": []}
+    model = {"from_nothing": {"format_steps": 0}}
+    used = {}
+    for source in ("auto", "traces", "answers"):
+        run = open_run(source, data=data, model=model, sft={"source": source, "steps": 3})
+        run.train_once("bridge", ["squares"])
+        [stage] = run.ledger.stages()
+        used[source] = (stage.summary["items"], stage.summary["first_loss"])
+        assert stage.summary["source"] == source
+    assert {source: items for source, (items, _) in used.items()} == {"auto": 12, "traces": 6, "answers": 12}
+    assert len({loss for _, loss in used.values()}) == 3
+
+
+def test_traces_are_asked_for_and_there_are_none(open_run: Callable[..., Run]) -> None:
+    with pytest.raises(MedbridgeError, match=r"sft\.source is traces, and no training item has one"):
+        open_run(sft={"source": "traces"}).train_once("bridge", ["side"])
+
+
+# -- data that doesn't fit -----------------------------------------------------------------------------------------
+
+
+def test_a_missing_strata_tag_names_the_item_and_its_tags(open_run: Callable[..., Run]) -> None:
+    with pytest.raises(MedbridgeError, match=r"item 'squares/train/0' has no tag 'organ' .* \(its tags: task\)"):
+        open_run(data={"strata": ["organ"]}).execute()
+
+
+def test_an_empty_split_is_named(open_run: Callable[..., Run], tiny_data: Path) -> None:
+    data = {"sources": [{"kind": "jsonl", "splits": {"train": str(tiny_data / "train.jsonl")}, "path": None}]}
+    with pytest.raises(MedbridgeError, match=r"no items of split 'validation' \(it has \{'train': 12\}\)"):
+        open_run(data=data).execute()
+
+
+def test_no_training_split_can_still_be_diagnosed_and_a_format_stage_says_what_it_lacks(
+    open_run: Callable[..., Run], tiny_data: Path
+) -> None:
+    data = {"sources": [{"kind": "jsonl", "splits": {"validation": str(tiny_data / "validation.jsonl")}, "path": None}]}
+    run = open_run("bare", data=data, model={"from_nothing": {"format_steps": 0}})
+    assert set(run.diagnose(0, run.base_model())) == {"shade", "side"}
+    with pytest.raises(MedbridgeError, match=r"format_steps .* the data has none"):
+        open_run("formed", data=data).base_model()
+
+
+def test_a_folder_that_is_a_file_is_a_clear_error(open_run: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(MedbridgeError, match="taken"):
+        open_run("taken")
+
+
+def test_a_run_that_could_not_be_opened_binds_nobody(open_run: Callable[..., Run], tiny_data: Path) -> None:
+    with pytest.raises(MedbridgeError) as kept:  # keeps the failed attempt's frames, and so its objects, alive
+        open_run(data={"sources": [{"kind": "jsonl", "path": str(tiny_data / "nowhere")}]})
+    assert "nowhere" in str(kept.value)
+    open_run()  # with the path corrected: neither is the folder held nor are the settings
+
+
+def test_skipped_rows_are_said(open_run: Callable[..., Run], tiny_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_data, folder)
+    with (folder / "train.jsonl").open("a") as rows:
+        rows.write('{"dataset_name": "squares"}\n')
+    source = {"sources": [{"kind": "jsonl", "path": str(folder)}]}
+    with pytest.raises(MedbridgeError, match=r"train\.jsonl:13"):
+        open_run("strict", data=source)
+    run = open_run("lenient", data={**source, "on_bad": "skip"})
+    assert len(run.items.skipped) == 1
+    run.reporter.console.file.flush()
+    assert "1 rows skipped; the first: " in (tmp_path / "log").read_text()
