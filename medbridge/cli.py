@@ -425,6 +425,9 @@ def _open_run(folder: Path, settings: RunSettings, base: Path) -> Iterator[Run]:
     opened = Run(folder, settings, base_dir=base, reporter=Reporter(stderr))
     try:
         yield opened
+    except KeyboardInterrupt:
+        stderr.print(f"stopped; call again with --run {folder} to go on", soft_wrap=True)
+        raise  # typer ends with exit code 130
     finally:
         opened.close()
 
@@ -475,9 +478,6 @@ def main() -> None:
             raise
         stderr.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        stderr.print("stopped; call again with the same run folder to go on")
-        sys.exit(130)
 
 
 def _escape(text: str) -> str:

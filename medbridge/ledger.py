@@ -327,6 +327,31 @@ class Ledger:
             found.append(Graded(rollout, outcome, row[14]))
         return found
 
+    def outcomes(self, stage_id: int) -> list[tuple[str, int, Outcome]]:
+        """(item id, sample, outcome) of a stage's rollouts, without their tokens, in the order of storing."""
+        rows = self._db.execute(
+            "SELECT item_id, sample, status, option, answer, span_start, span_end, well_formed"
+            " FROM rollouts JOIN outcomes USING (rollout_id) WHERE stage_id = ? ORDER BY rollout_id",
+            (stage_id,),
+        )
+        return [
+            (
+                row[0],
+                row[1],
+                Outcome(row[2], row[3], row[4], None if row[5] is None else (row[5], row[6]), bool(row[7])),
+            )
+            for row in rows
+        ]
+
+    def sampling_totals(self, stage_id: int) -> dict[str, float]:
+        """Items, rollouts and tokens of a stage, and the share of its rollouts that were cut off."""
+        row = self._db.execute(
+            "SELECT COUNT(DISTINCT item_id), COUNT(*), TOTAL(LENGTH(token_ids)) / 4, TOTAL(finish_reason = 'length')"
+            " FROM rollouts WHERE stage_id = ?",
+            (stage_id,),
+        ).fetchone()
+        return {"items": row[0], "rollouts": row[1], "tokens": int(row[2]), "truncated_rate": row[3] / max(1, row[1])}
+
     def sampled(self, stage_id: int) -> dict[str, int]:
         """How many samples (the greedy one apart) each item of a stage has."""
         rows = self._db.execute(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from medbridge.config import RunSettings
 from medbridge.data import Item, grade, permutation
-from medbridge.data.answers import normalise
+from medbridge.data.answers import Outcome, normalise
 from medbridge.ledger import Ledger, Stage, VerdictRow
 from medbridge.progress import Reporter
 from medbridge.rollout import GREEDY, Engine, Graded, Request, SamplingSettings
@@ -131,16 +131,19 @@ def cluster_of(item: Item, tags: Sequence[str]) -> str:
 
 def tally_items(ledger: Ledger, stage_id: int, items: Iterable[Item], cluster: Sequence[str]) -> list[Tally]:
     """Count the stored outcomes of a measuring stage per item, in the order of `items`."""
-    grouped: dict[str, list[Graded]] = defaultdict(list)
-    for entry in ledger.rollouts(stage_id):
-        grouped[entry.rollout.item_id].append(entry)
+    greedy: dict[str, bool] = {}
+    sampled: dict[str, list[Outcome]] = defaultdict(list)
+    for item_id, sample, outcome in ledger.outcomes(stage_id):
+        if sample == GREEDY:
+            greedy[item_id] = outcome.status == "correct"
+        else:
+            sampled[item_id].append(outcome)
     tallies = []
     for item in items:
-        greedy = [entry for entry in grouped[item.id] if entry.rollout.sample == GREEDY]
-        sampled = [entry.outcome for entry in grouped[item.id] if entry.rollout.sample != GREEDY]
+        outcomes = sampled[item.id]
         votes = Counter(
             str(outcome.option) if outcome.option is not None else normalise(outcome.answer or "")
-            for outcome in sampled
+            for outcome in outcomes
             if outcome.status != "abstain"
         )
         tallies.append(
@@ -148,10 +151,10 @@ def tally_items(ledger: Ledger, stage_id: int, items: Iterable[Item], cluster: S
                 item_id=item.id,
                 cluster=cluster_of(item, cluster),
                 floor=item.floor,
-                n=len(sampled),
-                c=sum(outcome.status == "correct" for outcome in sampled),
-                abstained=sum(outcome.status == "abstain" for outcome in sampled),
-                greedy_correct=greedy[0].outcome.status == "correct" if greedy else None,
+                n=len(outcomes),
+                c=sum(outcome.status == "correct" for outcome in outcomes),
+                abstained=sum(outcome.status == "abstain" for outcome in outcomes),
+                greedy_correct=greedy.get(item.id),
                 votes=votes,
             )
         )
@@ -160,16 +163,7 @@ def tally_items(ledger: Ledger, stage_id: int, items: Iterable[Item], cluster: S
 
 def summarise_sampling(ledger: Ledger, stage: Stage) -> dict[str, float]:
     """Totals of a stage's rollouts, for its summary."""
-    stored = ledger.rollouts(stage.stage_id)
-    return {
-        "seconds": time.time() - stage.started,
-        "items": len({entry.rollout.item_id for entry in stored}),
-        "rollouts": len(stored),
-        "tokens": sum(len(entry.rollout.token_ids) for entry in stored),
-        "truncated_rate": (
-            sum(entry.rollout.finish_reason == "length" for entry in stored) / len(stored) if stored else 0.0
-        ),
-    }
+    return {"seconds": time.time() - stage.started, **ledger.sampling_totals(stage.stage_id)}
 
 
 def by_stratum(items: Iterable[Item], keys: Sequence[str], seed: int) -> dict[str, list[Item]]:

@@ -67,6 +67,8 @@ class Run:
         self.reporter = reporter
         self._lock = _lock(folder)
         try:
+            for left in (folder / "models").glob(".*"):  # half a model, of a process killed while it wrote
+                shutil.rmtree(left)
             self.ledger = Ledger(folder / "run.sqlite")
             self._opened = time.monotonic()
             self._worked: float = self.ledger.meta("worked_seconds") or 0.0
@@ -205,12 +207,13 @@ class Run:
 
     def diagnose(self, round: int, model: str) -> dict[str, VerdictRow]:
         """Measure support on the diagnosis split and judge every stratum."""
-        stage = self._stage_of(round, ("diagnose",)) or self._begin(round, "diagnose", model, ())
-        if stage.status == "running":
+        stage = self._stage_of(round, ("diagnose",))
+        if stage is None or stage.status == "running":
+            # data and model first: what fails here has begun no stage, and its settings can still be mended
             strata = self._split(self.settings.diagnosis.split)
-            rows = run_measurement(
-                self.ledger, stage, self._engine(stage.model), strata, self.settings, self.reporter, widen=True
-            )
+            engine = self._engine(model if stage is None else stage.model)
+            stage = stage or self._begin(round, "diagnose", model, ())
+            rows = run_measurement(self.ledger, stage, engine, strata, self.settings, self.reporter, widen=True)
             summary = summarise_sampling(self.ledger, stage)
             self.ledger.finish_stage(stage.stage_id, result_model=None, summary=summary, verdicts=rows)
         return self.ledger.verdicts(stage.stage_id)
@@ -445,18 +448,22 @@ class Run:
         if old is not None:
             free = {"name", "budget", "tensorboard"}  # may change: they decide how far a run goes, not what it finds
             changed = [key for key in _differences(old, new) if key.split(".")[0] not in free]
-            if changed:
+            if changed and self.ledger.stages():
                 raise MedbridgeError(
                     f"{self.folder}: this run was begun with other settings ({', '.join(changed[:8])}). Its results "
                     "would mix. Give the settings it was begun with (its config.yaml), or another run folder."
                 )
+            if changed:
+                shutil.rmtree(self.folder / "models", ignore_errors=True)  # perhaps one of another shape
 
     def _store_settings(self, base_dir: Path) -> None:
         self.ledger.set_meta("config", self.settings.model_dump(mode="json"))
         self.ledger.set_meta("name", self.settings.name)
         self.ledger.set_meta("base_dir", str(base_dir.resolve()))
         self.ledger.set_meta("environment", environment())
-        (self.folder / "config.yaml").write_text(dump_config(self.settings), encoding="utf-8")
+        written = self.folder / ".config.yaml"
+        written.write_text(dump_config(self.settings), encoding="utf-8")
+        written.replace(self.folder / "config.yaml")  # never half a file
 
 
 class _Answers:

@@ -28,6 +28,7 @@ from PIL import Image
 from medbridge.torchvision_ops import declare
 
 declare()  # before any test imports transformers
+torch.set_num_threads(1)  # these models are too small to share out
 
 if TYPE_CHECKING:
     from medbridge.config import RunSettings
@@ -59,7 +60,7 @@ def write_tiny_data(folder: Path, per_split: int = 12) -> Path:
     shades, sides = ("dark", "grey", "bright"), ("left", "right")
     for number, split in enumerate(("train", "validation", "test")):
         generator = np.random.default_rng(number)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for image in range(per_split // 2):
             shade, side = image % 3, (image // 3) % 2
             pixels = np.full((SIDE, SIDE), 30 + 80 * shade) + generator.integers(0, 10, (SIDE, SIDE))
@@ -93,6 +94,12 @@ def denormals() -> Iterator[None]:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny data set: 12 items a split, half of stratum "shade" and half of "side"."""
     return write_tiny_data(tmp_path_factory.mktemp("squares"))
+
+
+@pytest.fixture(scope="session")
+def make_tiny_data() -> Callable[[Path, int], Path]:
+    """Write the tiny data set with another number of items a split (a multiple of 12 keeps the answers balanced)."""
+    return write_tiny_data
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,15 +126,16 @@ def test_debug_shows_the_traceback(
     [
         (["diagnose"], "nothing to work on"),
         (["diagnose", "--data", "slak:x"], "data.sources.0.kind is 'slak'"),
-        (["diagnose", "--data", "brain", "--model", "/nowhere"], "can't be loaded"),
+        (["diagnose", "--data", "jsonl:TINY", "--model", "/nowhere"], "can't be loaded"),
+        (["diagnose", "--data", "jsonl:/nowhere"], "/nowhere"),
         (["run", "/nowhere.yaml"], "can't be read"),
         (["report", "/nowhere"], "no such run database"),
         (["diagnose", "--data", "brain", "--set", "rl.lr=1"], "unknown key 'rl.lr'"),
         (["diagnose", "--data", "brain", "--set", "seed"], "key=value"),
     ],
 )
-def test_errors_name_the_cure(argv: list[str], message: str, medbridge: Callable[..., Done]) -> None:
-    done = medbridge(*argv)
+def test_errors_name_the_cure(argv: list[str], message: str, medbridge: Callable[..., Done], tiny_data: Path) -> None:
+    done = medbridge(*(part.replace("TINY", str(tiny_data)) for part in argv))
     assert done.code == 2
     assert message in done.err.replace("\n", " ")
 
@@ -222,6 +226,52 @@ def test_data_check_finds_problems(medbridge: Callable[..., Done], tmp_path: Pat
     done = medbridge("data", "check", "--data", f"jsonl:{tmp_path / 'rows.jsonl'}")
     assert done.code != 0
     assert "missing.png" in (done.out + done.err).replace("\n", "")
+
+
+def test_a_process_shows_a_traceback_with_debug_only(processes: Any, tmp_path: Path) -> None:
+    for options, code, shown in (([], 2, False), (["--debug"], 1, True)):
+        log = tmp_path / f"log-{code}"
+        assert processes.wait(processes.start(["medbridge.cli", *options, "report", tmp_path / "none"], log)) == code
+        assert ("Traceback" in log.read_text()) == shown
+        assert "no such run database" in log.read_text()
+
+
+def test_an_interrupted_run_is_reported_and_goes_on_from_anywhere(
+    processes: Any,
+    medbridge: Callable[..., Done],
+    tiny_data: Path,
+    tiny_config: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C; a report of what there is; then on from another working folder, without the configuration file."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "squares").symlink_to(tiny_data)
+    source = {"kind": "jsonl", "path": "squares"}  # relative to the configuration
+    settings = tiny_config(data={"sources": [source]}, budget={"stages": 1}, sft={"steps": 60})
+    (home / "run.yaml").write_text(yaml.safe_dump(settings))
+    run, log = tmp_path / "run", tmp_path / "log"
+    child = processes.start(["medbridge.cli", "run", home / "run.yaml", "--run", run], log)
+    deadline = time.monotonic() + 60
+    while not (run / "models" / "01-format").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGINT)
+    assert processes.wait(child) == 130
+    assert f"stopped; call again with --run {run} to go on" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+    unfinished = medbridge("report", run, "--json")
+    assert unfinished.code == 0, unfinished.err
+    assert unfinished.json["state"] != "finished"
+    assert Path(unfinished.json["report"]).is_file()
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    done = medbridge("run", "--run", run, "--json")
+    assert done.code == 0, done.err
+    assert done.json["state"] == "finished"
 
 
 def test_config_command(medbridge: Callable[..., Done], config: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_wrong_key_at_the_top_and_in_a_list() -> None:
 def test_a_key_with_nothing_alike_offers_no_guess() -> None:
     message = error_of(DATA + "zzzzzz: 1\n")
     assert "Did you mean" not in message
-    assert "Valid keys here: name, seed, model," in message
+    assert "Valid keys here: name, seed, " in message
 
 
 def test_a_wrong_choice_lists_the_choices() -> None:

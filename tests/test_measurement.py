@@ -166,7 +166,10 @@ def pool(stratum: str, count: int) -> list[Item]:
     ]
 
 
-LOOK = {"diagnosis": {"items_per_stratum": 8}, "gate": {"min_items": 4, "alpha": 0.06, "accuracy_target": 0.5}}
+LOOK: dict[str, Any] = {
+    "diagnosis": {"items_per_stratum": 8},
+    "gate": {"min_items": 4, "alpha": 0.06, "accuracy_target": 0.5},
+}
 
 
 def test_a_decided_stratum_is_looked_at_once_and_an_undecided_one_doubles(case: Case) -> None:

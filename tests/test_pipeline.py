@@ -206,6 +206,16 @@ def test_one_folder_serves_one_process_at_a_time(
     open_run(sft={"steps": 300})  # a killed process holds nothing
 
 
+def test_what_a_killed_process_was_writing_is_swept_away(open_run: Callable[..., Run], formed: Path) -> None:
+    run = open_run(model={"path": str(formed)})
+    result = run.train_once("bridge", ["side"])
+    half = run.folder / "models" / ".02-bridge-x7a" / "model"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    again = open_run(model={"path": str(formed)})
+    assert [path.name for path in (again.folder / "models").iterdir()] == [Path(result).name]
+
+
 # -- when to stop --------------------------------------------------------------------------------------------------
 
 
@@ -410,6 +420,26 @@ def test_a_run_that_could_not_be_opened_binds_nobody(open_run: Callable[..., Run
         open_run(data={"sources": [{"kind": "jsonl", "path": str(tiny_data / "nowhere")}]})
     assert "nowhere" in str(kept.value)
     open_run()  # with the path corrected: neither is the folder held nor are the settings
+
+
+def test_mistakes_that_show_before_the_first_stage_can_be_mended_in_the_same_folder(
+    open_run: Callable[..., Run], formed: Path
+) -> None:
+    for mistake in (
+        {"model": {"path": "no/such-model"}},
+        {"model": {"path": str(formed)}, "data": {"strata": ["organ"]}},
+        {"model": {"path": str(formed)}, "diagnosis": {"split": "test", "test_split": None}, "data": {"strata": ["x"]}},
+    ):
+        with pytest.raises(MedbridgeError):
+            open_run(**mistake).execute()
+    wider = open_run(model={"from_nothing": {"hidden_size": 96, "format_steps": 0}}, budget={"stages": 0})
+    wider.base_model()
+    run = open_run(model={"from_nothing": {"hidden_size": 32, "format_steps": 0}}, budget={"stages": 0})
+    run.execute()
+    policy = Policy.load(str(run.folder / "models" / "from-nothing"), run.settings.model)
+    assert policy.model.config.get_text_config().hidden_size == 32
+    with pytest.raises(MedbridgeError, match="begun with other settings"):
+        open_run(model={"from_nothing": {"hidden_size": 96}})
 
 
 def test_skipped_rows_are_said(open_run: Callable[..., Run], tiny_data: Path, tmp_path: Path) -> None:

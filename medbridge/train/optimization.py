@@ -51,7 +51,7 @@ class OptimizerSettings(BaseModel):
 
 
 class Trainable:
-    """The parameters under training with their optimizer. Use as a context: adapters merge when it ends well."""
+    """The parameters under training with their optimizer, schedule and checkpoints; `finish` merges adapters."""
 
     def __init__(
         self, policy: Policy, model: ModelSettings, settings: OptimizerSettings, steps: int, *, seed: int

@@ -30,7 +30,8 @@ def nucleus(logits: list[float], temperature: float, top_p: float) -> tuple[np.n
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
     order = sorted(range(len(logits)), key=lambda token: -probabilities[token])
-    kept, mass, margin = [], 0.0, 1.0
+    kept: list[int] = []
+    mass, margin = 0.0, 1.0
     for token in order:
         if kept and mass >= top_p:
             break

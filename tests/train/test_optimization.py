@@ -80,7 +80,8 @@ def test_a_gradient_that_is_not_finite_ends_the_stage_and_leaves_the_weights(
     trainable = trainable_of(policy)
     for parameter in trainable.parameters.values():
         parameter.grad = torch.ones_like(parameter)
-    next(iter(trainable.parameters.values())).grad[0] = value
+    first = next(iter(trainable.parameters.values()))
+    first.grad = torch.full_like(first, value)
     with pytest.raises(MedbridgeError, match="step 4: the gradient norm is"):
         trainable.step(4)
     assert same(weights(policy), before)
