@@ -385,7 +385,9 @@ def _settings(
 
     extra = list(overrides or [])
     if model is not None:
-        extra.append(f"model.path={json.dumps(model)}")
+        # on the command line, paths start at the working folder
+        folder = str(Path(model).resolve()) if Path(model).is_dir() else model
+        extra.append(f"model.path={json.dumps(folder)}")
     if data:
         extra.append(f"data.sources={json.dumps([_source(text) for text in data])}")
     stored = None if run is None else run / "config.yaml"
@@ -408,7 +410,7 @@ def _settings(
 
 def _source(text: str) -> dict[str, str]:
     kind, _, path = text.partition(":")
-    return {"kind": kind, **({"path": path} if path else {})}
+    return {"kind": kind, **({"path": str(Path(path).resolve())} if path else {})}
 
 
 def _cache() -> Path:
@@ -426,7 +428,7 @@ def _open_run(folder: Path, settings: RunSettings, base: Path) -> Iterator[Run]:
     try:
         yield opened
     except KeyboardInterrupt:
-        stderr.print(f"stopped; call again with --run {folder} to go on", soft_wrap=True)
+        stderr.print(f"stopped; call again with --run {folder} to go on", soft_wrap=True, markup=False)
         raise  # typer ends with exit code 130
     finally:
         opened.close()
@@ -456,7 +458,7 @@ def _conclude(run: Path, as_json: bool, out: Path | None = None) -> None:
         sys.stdout.write(json.dumps({**summarise(run), "report": str(written)}, indent=2) + "\n")
         return
     print_verdicts(stdout, run)
-    stdout.print(f"report: {written.resolve()}", soft_wrap=True)
+    stdout.print(f"report: {written.resolve()}", soft_wrap=True, markup=False)
 
 
 def _emit(found: dict[str, Any], as_json: bool) -> None:
@@ -464,7 +466,7 @@ def _emit(found: dict[str, Any], as_json: bool) -> None:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
         for key, value in found.items():
-            stdout.print(f"{key}: {value}", soft_wrap=True)
+            stdout.print(f"{key}: {value}", soft_wrap=True, markup=False)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from medbridge.data import DataSettings
+from medbridge.data import DataSettings, SplitName
 from medbridge.errors import MedbridgeError
 from medbridge.model import ModelSettings
 from medbridge.rollout import RolloutSettings
@@ -25,7 +25,7 @@ class DiagnosisSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    split: str = Field("validation", description="Split that decides what is trained next.")
+    split: SplitName = Field("validation", description="Split that decides what is trained next.")
     samples: int = Field(16, ge=1, description="Completions sampled per item, beside one greedy completion.")
     items_per_stratum: int = Field(
         64, ge=1, description="Items measured per stratum at first; an undecided stratum gets twice as many."
@@ -33,13 +33,13 @@ class DiagnosisSettings(BaseModel):
     max_items_per_stratum: int | None = Field(
         None, ge=1, description="Most items measured per stratum; null uses all that the split has."
     )
-    test_split: str | None = Field(
+    test_split: SplitName | None = Field(
         "test", description="Held-out split measured once before and once after; null measures none."
     )
     cluster: list[str] = Field(
         default_factory=list,
         description="Tags whose items are not independent (a patient, a slice) and are resampled together for the "
-        "intervals; empty: items that show the same images.",
+        "intervals; empty: items that show exactly the same images.",
     )
     kind_of_question: list[str] = Field(
         default_factory=list,
@@ -98,7 +98,7 @@ def parse_config(text: str, *, source: str, overrides: Sequence[str] = ()) -> Ru
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _refuse_duplicates(root, source)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as a date with a 13th month
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         raise MedbridgeError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
@@ -188,7 +188,7 @@ def _step_into(place: Any, key: str, override: str) -> Any:
 
 
 def _index(place: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(place):
+    if not key.isdecimal() or int(key) >= len(place):
         raise MedbridgeError(f"--set {override}: {key!r} is not an index of a list of {len(place)} (0 is the first).")
     return int(key)
 
@@ -196,7 +196,7 @@ def _index(place: list[Any], key: str, override: str) -> int:
 def _parse_value(text: str, override: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise MedbridgeError(f"--set {override}: {text!r} is not a YAML value ({error}).") from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import platform
 import shutil
 import time
@@ -26,7 +27,7 @@ import medbridge
 from medbridge.config import RunSettings, dump_config
 from medbridge.data import ImageCache, Item, ItemSet, grade, open_items, permutation, target_completion
 from medbridge.errors import MedbridgeError
-from medbridge.ledger import Ledger, Stage, VerdictRow
+from medbridge.ledger import Ledger, Stage, VerdictRow, to_json
 from medbridge.measurement import (
     by_stratum,
     frequent_answer_baseline,
@@ -68,13 +69,17 @@ class Run:
         self._lock = _lock(folder)
         try:
             for left in (folder / "models").glob(".*"):  # half a model, of a process killed while it wrote
-                shutil.rmtree(left)
+                if left.is_dir():
+                    shutil.rmtree(left)
             self.ledger = Ledger(folder / "run.sqlite")
             self._opened = time.monotonic()
             self._worked: float = self.ledger.meta("worked_seconds") or 0.0
             self._refuse_changed_settings()
             self.images = ImageCache(settings.data.image_cache_mb << 20)
+            self.base_dir = base_dir
             self.items: ItemSet = open_items(settings.data, base_dir=base_dir, cache_dir=folder / "data")
+            self._check_tags()
+            self._refuse_changed_items()
         except BaseException:
             self._lock.close()  # also where the error is kept, and with it this object
             raise
@@ -121,6 +126,11 @@ class Run:
                 f"{self.folder}: a {begun.kind} stage was cut off here. Finish it with `medbridge {begun.kind}`, or "
                 "use another run folder."
             )
+        if begun is not None and strata and set(strata) != set(begun.strata):
+            raise MedbridgeError(
+                f"{self.folder}: a {begun.kind} stage on {', '.join(begun.strata)} was cut off here, and would go on. "
+                "Leave --stratum out to finish it."
+            )
         model = self.current_model()
         chosen = tuple(strata or ())
         if not chosen and begun is None:
@@ -153,8 +163,16 @@ class Run:
         trained = [stage for stage in self.ledger.stages() if stage.kind in ("bridge", "sharpen")]
         times = Counter((stage.kind, name) for stage in trained for name in stage.strata)
         limits = {"bridge": budget.bridges_per_stratum, "sharpen": budget.sharpens_per_stratum}
+        taught = {
+            "bridge": {item.stratum(self.strata_keys) for item in self._train_split(reserved=False)},
+            "sharpen": {item.stratum(self.strata_keys) for item in self._train_split(reserved=True)},
+        }
         wanted = {
-            kind: tuple(name for name, row in verdicts.items() if row.kind == kind and times[kind, name] < limits[kind])
+            kind: tuple(
+                name
+                for name, row in verdicts.items()
+                if row.kind == kind and times[kind, name] < limits[kind] and name in taught[kind]
+            )
             for kind in limits
         }
         open_strata = [name for name, row in verdicts.items() if row.kind in limits]
@@ -162,7 +180,11 @@ class Run:
             undecided = [name for name, row in verdicts.items() if row.kind == "undecided"]
             return Plan("stop", (), f"undecided: {', '.join(undecided)}" if undecided else "every stratum is done")
         if not any(wanted.values()):
-            return Plan("stop", (), f"stages per stratum are used up for {', '.join(open_strata)}")
+            bare = [name for name in open_strata if name not in taught[verdicts[name].kind]]
+            used = [name for name in open_strata if name not in bare]
+            reasons = [f"stages per stratum are used up for {', '.join(used)}"] if used else []
+            reasons += [f"there are no training items for {', '.join(bare)}"] if bare else []
+            return Plan("stop", (), "; ".join(reasons))
         if len(trained) >= budget.stages:
             return Plan("stop", (), f"the budget of {budget.stages} training stages is used up")
         if budget.minutes is not None and self._minutes() >= budget.minutes:
@@ -176,7 +198,8 @@ class Run:
         """The model the run starts from; made from nothing, and taught the answer form, where none is named."""
         settings = self.settings.model
         if settings.path is not None:
-            return self._remember_base(settings.path)
+            beside = self.base_dir / settings.path  # as for data, a relative path starts at the configuration's folder
+            return self._remember_base(str(beside.resolve()) if beside.is_dir() else settings.path)
         made = self.folder / "models" / "from-nothing"
         if not made.is_dir():
             texts = sorted({text for item in self.items.split("train") for text in item_texts(item)})
@@ -250,20 +273,21 @@ class Run:
 
     def bridge(self, round: int, model: str, strata: Sequence[str]) -> str:
         """Supervised fine-tuning on the training items of weak strata; returns the new model's folder."""
-        stage = self._stage_of(round, ("bridge",)) or self._begin(round, "bridge", model, strata)
-        if stage.status == "running":
-            items, others = self._training_items(stage.strata, reserved=False)
-            settings = self.settings.sft
-            if settings.source == "traces":
-                items = [item for item in items if item.trace]
-                if not items:
-                    raise MedbridgeError("sft.source is traces, and no training item has one. Use auto or answers.")
-            examples: Examples = _Answers(items, self)
-            if settings.source == "rejection":
-                examples = _Accepted(self._rejection_sample(stage, items))
-            replay = _Answers(others, self) if others else None
-            stage = self._train_supervised(stage, examples, replay, settings, {"source": settings.source})
-        return _result(stage)
+        stage = self._stage_of(round, ("bridge",))
+        if stage is not None and stage.status == "done":
+            return _result(stage)
+        settings = self.settings.sft
+        items, others = self._training_items(strata if stage is None else stage.strata, reserved=False)
+        if settings.source == "traces":
+            items = [item for item in items if item.trace]
+            if not items:
+                raise MedbridgeError("sft.source is traces, and no training item has one. Use auto or answers.")
+        stage = stage or self._begin(round, "bridge", model, strata)  # only now: nothing above can fail any more
+        examples: Examples = _Answers(items, self)
+        if settings.source == "rejection":
+            examples = _Accepted(self._rejection_sample(stage, items))
+        replay = _Answers(others, self) if others else None
+        return _result(self._train_supervised(stage, examples, replay, settings, {"source": settings.source}))
 
     def _train_supervised(
         self, stage: Stage, examples: Examples, replay: Examples | None, settings: Any, summary: dict[str, Any]
@@ -310,10 +334,11 @@ class Run:
 
     def sharpen(self, round: int, model: str, strata: Sequence[str]) -> str:
         """GRPO on the training items of supported strata; returns the new model's folder."""
-        stage = self._stage_of(round, ("sharpen",)) or self._begin(round, "sharpen", model, strata)
-        if stage.status == "done":
+        stage = self._stage_of(round, ("sharpen",))
+        if stage is not None and stage.status == "done":
             return _result(stage)
-        items, _ = self._training_items(stage.strata, reserved=True)
+        items, _ = self._training_items(strata if stage is None else stage.strata, reserved=True)
+        stage = stage or self._begin(round, "sharpen", model, strata)
         by_id = {item.id: item for item in items}
         settings = self.settings.rl
         policy = Policy.load(str(self._path(stage.model)), self.settings.model, trainable=True)
@@ -355,6 +380,7 @@ class Run:
 
             def on_step(step: int, metrics: dict[str, float], ids: list[str]) -> None:
                 self.ledger.log_step(stage.stage_id, step, metrics, ids)
+                self.ledger.set_meta("worked_seconds", 60 * self._minutes())
                 meter.advance(1, f"{shown} {metrics[shown]:.3f}")
                 if writer is not None:
                     for name, value in metrics.items():
@@ -383,12 +409,7 @@ class Run:
 
     def _training_items(self, strata: Sequence[str], *, reserved: bool) -> tuple[list[Item], list[Item]]:
         """Training items of the strata, and of all others: those reserved for sharpening, or the rest."""
-        share = self.settings.rl.reserved_share
-        train = [
-            item
-            for item in self.items.split("train")
-            if share == 0 or (_fraction(self.settings.seed, item.id) < share) == reserved
-        ]
+        train = self._train_split(reserved=reserved)
         known = {item.stratum(self.strata_keys) for item in train}
         for name in strata:
             if name not in known:
@@ -398,6 +419,15 @@ class Run:
         chosen = [item for item in train if item.stratum(self.strata_keys) in strata]
         self.ledger.add_items(chosen, self.strata_keys)
         return chosen, [item for item in train if item.stratum(self.strata_keys) not in strata]
+
+    def _train_split(self, *, reserved: bool) -> list[Item]:
+        """The training items that sharpening uses (`reserved`), or those that bridging does."""
+        share = self.settings.rl.reserved_share
+        return [
+            item
+            for item in self.items.split("train")
+            if share == 0 or (_fraction(self.settings.seed, item.id) < share) == reserved
+        ]
 
     # -- small things --------------------------------------------------------------------------------------
 
@@ -443,7 +473,7 @@ class Run:
 
     def _refuse_changed_settings(self) -> None:
         """Hold a resumed run to the settings that its results so far came from."""
-        new = self.settings.model_dump(mode="json")
+        new = json.loads(to_json(self.settings.model_dump(mode="json")))  # as stored: an infinity reads as null
         old = self.ledger.meta("config")
         if old is not None:
             free = {"name", "budget", "tensorboard"}  # may change: they decide how far a run goes, not what it finds
@@ -455,6 +485,32 @@ class Run:
                 )
             if changed:
                 shutil.rmtree(self.folder / "models", ignore_errors=True)  # perhaps one of another shape
+
+    def _refuse_changed_items(self) -> None:
+        """Hold a resumed run to the questions that its results so far came from."""
+        digest = hashlib.sha256()
+        for item in self.items.items:
+            record = [item.id, item.split, item.question, item.options, item.answer, dict(item.tags), item.floor]
+            digest.update(to_json(record).encode("utf-8", "replace"))
+        old = self.ledger.meta("items_digest")
+        if old not in (None, digest.hexdigest()) and self.ledger.stages():
+            raise MedbridgeError(
+                f"{self.folder}: the questions are not those that this run was begun with: texts, answers, splits or "
+                "tags changed. Its results would mix. Restore the data, or use another run folder."
+            )
+        self.ledger.set_meta("items_digest", digest.hexdigest())
+
+    def _check_tags(self) -> None:
+        """Refuse tags that no item has: they would quietly mean something else."""
+        settings = self.settings.diagnosis
+        for key, tags in (("cluster", settings.cluster), ("kind_of_question", settings.kind_of_question)):
+            for tag in tags:
+                if not any(tag in item.tags for item in self.items.items):
+                    have = sorted({name for item in self.items.items for name in item.tags})
+                    raise MedbridgeError(
+                        f"diagnosis.{key} names the tag {tag!r}, which no item has; there are: "
+                        f"{', '.join(have) or 'none'}."
+                    )
 
     def _store_settings(self, base_dir: Path) -> None:
         self.ledger.set_meta("config", self.settings.model_dump(mode="json"))

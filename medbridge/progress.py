@@ -50,7 +50,7 @@ class Reporter:
         self.console = console or Console(stderr=True)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False)
 
     @contextmanager
     def task(self, description: str, total: int | None, unit: str) -> Iterator[Meter]:

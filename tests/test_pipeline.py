@@ -6,20 +6,23 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
 
 from medbridge.config import RunSettings, load_config
+from medbridge.data import grade
 from medbridge.errors import MedbridgeError
 from medbridge.ledger import Ledger
 from medbridge.model import Policy
 from medbridge.pipeline import Run, environment
 from medbridge.progress import Reporter
-from medbridge.rollout import GREEDY
+from medbridge.rollout import GREEDY, Graded, Rollout
 
 TABLES = ("items", "stages", "rollouts", "outcomes", "tallies", "verdicts", "batches", "metrics")
 
@@ -310,6 +313,34 @@ def test_sharpening_stores_its_rollouts_with_rewards(open_run: Callable[..., Run
     Policy.load(str(run.folder / result), run.settings.model)
 
 
+def test_an_item_that_comes_up_again_is_sampled_anew(open_run: Callable[..., Run], formed: Path) -> None:
+    rl = {"steps": 4, "prompts_per_step": 6, "learning_rate": 1e-12}  # all items in each step, of the same weights
+    run = open_run(model={"path": str(formed)}, rl=rl)
+    run.train_once("sharpen", ["side"])
+    drawn: dict[tuple[Any, ...], list[str]] = {}
+    for step in range(1, 5):
+        for row in run.ledger.rollouts(1, step=step):
+            rollout = row.rollout
+            drawn.setdefault((rollout.item_id, rollout.permutation, rollout.sample), []).append(rollout.text)
+    again = [texts for texts in drawn.values() if len(texts) > 1]
+    assert len(again) >= 20
+    assert sum(len(set(texts)) > 1 for texts in again) >= 5
+
+
+def test_tensorboard_files_are_written_or_the_missing_package_is_named(
+    open_run: Callable[..., Run], formed: Path
+) -> None:
+    run = open_run(model={"path": str(formed)}, tensorboard=True)
+    if find_spec("tensorboard") is None:
+        with pytest.raises(MedbridgeError, match=r"pip install 'medbridge\[train\]'"):
+            run.train_once("bridge", ["side"])
+        run = open_run(model={"path": str(formed)}, tensorboard=False)  # may be changed
+        run.train_once("bridge", None)
+    else:
+        run.train_once("bridge", ["side"])
+        assert list((run.folder / "tensorboard" / "01-bridge").glob("events.*"))
+
+
 def test_a_stage_of_another_kind_that_was_cut_off_comes_first(
     open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +377,27 @@ def test_rejection_sampling_imitates_own_right_answers_only(open_run: Callable[.
     assert stage.summary["items"] == len(right) > 0
     trained = {name for ids in run.ledger.trained_items(stage.stage_id) for name in ids}
     assert trained <= {item_id for item_id, _, _ in right}
+
+
+def test_of_stored_samples_only_right_ones_in_the_right_form_are_imitated_each_once(
+    open_run: Callable[..., Run], formed: Path
+) -> None:
+    run = open_run(model={"path": str(formed)}, sft={"source": "rejection", "rejection_samples": 4, "steps": 2})
+    stage = run._begin(0, "bridge", run.base_model(), ["side"])
+    for item in run.items.split("train"):
+        if item.tags["task"] == "side":
+            wrong = "left" if item.answer == "right" else "right"
+            right = f"<answer>{item.answer}</answer>"
+            rows = []
+            for number, text in enumerate([right, right, f"It is so. {right}", f"<answer>{wrong}</answer>"]):
+                ids, logprobs = np.zeros(1, np.int32), np.zeros(1, np.float32)
+                rollout = Rollout(item.id, number, (0, 1), text, ids, logprobs, "stop", 1)
+                rows.append(Graded(rollout, grade(item, (0, 1), text, run.settings.data.prompt)))
+            assert [row.outcome.status for row in rows] == ["correct", "correct", "correct", "wrong"]
+            run.ledger.save_rollouts(stage.stage_id, 0, rows)
+    run.train_once("bridge", None)
+    assert run.ledger.stages()[-1].summary["items"] == 6
+    assert run.ledger.count("rollouts") == 6 * 4
 
 
 def test_rejection_sampling_without_a_right_answer_says_so(open_run: Callable[..., Run]) -> None:

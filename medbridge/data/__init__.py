@@ -9,7 +9,7 @@ from medbridge.data.convert import ImportSummary, import_to_folder
 from medbridge.data.images import ImageCache, load_image
 from medbridge.data.items import Item, ItemSet, Permutation, Skip
 from medbridge.data.prompts import PromptSettings, build_prompt, permutation, target_completion
-from medbridge.data.settings import DataSettings, SourceSettings
+from medbridge.data.settings import DataSettings, SourceSettings, SplitName
 from medbridge.data.show import describe_items, format_items
 from medbridge.data.sources import open_items
 
@@ -25,6 +25,7 @@ __all__ = [
     "PromptSettings",
     "Skip",
     "SourceSettings",
+    "SplitName",
     "brain_folder",
     "build_prompt",
     "check_items",

@@ -6,6 +6,7 @@ logits at completion tokens. It neither samples nor trains.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ class ModelSettings(BaseModel):
     from_nothing: FromNothing = Field(
         default_factory=FromNothing, description="Shape of the model made from nothing when path is null."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Compute type; auto is bfloat16 on CUDA and float32 elsewhere."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
@@ -211,9 +212,10 @@ class Policy:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
             folder = Path(temporary) / "model"
-            # float32 masters go back to the type the model came in
-            stored = config_of(Path(self.path)).get("dtype") if Path(self.path).is_dir() else None
-            dtype = getattr(torch, stored) if isinstance(stored, str) else self.compute_dtype
+            # float32 masters go back to the type that the model came in
+            stored = config_of(Path(self.path)) if Path(self.path).is_dir() else {}
+            name = stored.get("dtype") or stored.get("torch_dtype")
+            dtype = getattr(torch, name) if isinstance(name, str) else self.compute_dtype
             weights = {
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in self.model.state_dict().items()
@@ -221,6 +223,7 @@ class Policy:
             transformers_logging.disable_progress_bar()
             self.model.save_pretrained(folder, state_dict=weights)
             self.processor.save_pretrained(folder)
+            _declare_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
             replace_folder(folder, out)
         return out
 
@@ -435,6 +438,15 @@ def merge_vision(prompts: Sequence[EncodedPrompt], device: torch.device) -> dict
         key: torch.cat([prompt.vision[key] for prompt in prompts if key in prompt.vision]).to(device)
         for key in sorted(keys)
     }
+
+
+def _declare_dtype(path: Path, dtype: str) -> None:
+    """Have a configuration name the type that its weights are stored in, not the one they were held in."""
+    config = json.loads(path.read_text())
+    for section in (config, config.get("text_config"), config.get("vision_config")):
+        if isinstance(section, dict) and "dtype" in section:
+            section["dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _first_set(config: Any, *names: str) -> int | None:

@@ -16,7 +16,9 @@ class RolloutSettings(SamplingSettings):
     engine: Literal["transformers"] = Field(
         "transformers", description="Engine that draws completions: transformers (in this process)."
     )
-    batch_size: int = Field(512, ge=1, description="Most completions decoded together.")
+    batch_size: int = Field(
+        512, ge=1, description="Completions decoded together: as many items as fit, one item at least."
+    )
 
 
 __all__ = [

@@ -80,7 +80,8 @@ def train_sft(
     trainable = Trainable(policy, model, settings, settings.steps, seed=seed)
     start = trainable.restore(checkpoints)
     on_start(start)
-    replayed = round(settings.batch_size * settings.replay_share) if replay is not None and len(replay) else 0
+    share = settings.replay_share if replay is not None and len(replay) else 0.0
+    replayed = min(round(settings.batch_size * share), settings.batch_size - 1)  # at least one example is bridged
     streams = [(examples, Shuffle(len(examples), seed), settings.batch_size - replayed)]
     if replay is not None and replayed:
         streams.append((replay, Shuffle(len(replay), seed + 1), replayed))
