@@ -47,7 +47,7 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest -q bench --benchmark-only -s
+	$(BIN)/python -m pytest -q bench -s
 
 clean:
 	rm -rf build $(VENV)

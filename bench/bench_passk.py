@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from math import comb
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def largest_error(table: np.ndarray, n: np.ndarray, c: np.ndarray, ks: np.ndarra
     return worst
 
 
-def test_against_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
+def test_against_the_loop(save: Callable[[str, str, dict[str, Any]], Path], capsys: pytest.CaptureFixture[str]) -> None:
     n, c, ks = counts()
     few = slice(LOOP_ITEMS)
     batched, loop, mean = [], [], []
@@ -74,6 +76,18 @@ def test_against_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
             largest_error(human_eval_table(n[few], c[few], ks), n[few], c[few], ks),
         ),
     }
+    save(
+        "passk",
+        "pytest bench/bench_passk.py -s",
+        {
+            "items": ITEMS,
+            "samples": SAMPLES,
+            "milliseconds": {name: round(1e3 * median, 3) for name, (median, _) in found.items()},
+            "largest_relative_error": {name: error for name, (_, error) in found.items()},
+            "mean_curve_milliseconds": round(1e3 * statistics.median(mean), 3),
+            "ratio": round(found["HumanEval loop"][0] / found["pass_at_k"][0]),
+        },
+    )
     with capsys.disabled():
         print(f"\n{ITEMS} items, n = {SAMPLES}, k = 1..{SAMPLES}, median of {ROUNDS} interleaved rounds")
         for name, (median, error) in found.items():

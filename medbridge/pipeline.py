@@ -238,6 +238,7 @@ class Run:
             stage = stage or self._begin(round, "diagnose", model, ())
             rows = run_measurement(self.ledger, stage, engine, strata, self.settings, self.reporter, widen=True)
             summary = summarise_sampling(self.ledger, stage)
+            self.ledger.set_meta("worked_seconds", 60 * self._minutes())
             self.ledger.finish_stage(stage.stage_id, result_model=None, summary=summary, verdicts=rows)
         return self.ledger.verdicts(stage.stage_id)
 
@@ -327,8 +328,8 @@ class Run:
         if not accepted:
             raise MedbridgeError(
                 "sft.source is rejection, and the model gave no correct, well-formed answer to any training item of "
-                f"{', '.join(stage.strata)}: there is nothing to imitate. Use sft.source auto, or more "
-                "sft.rejection_samples."
+                f"{', '.join(stage.strata)}: there is nothing to imitate. Start another run with "
+                "sft.source auto, or with more sft.rejection_samples."
             )
         return [Example(by_id[item_id], order, text) for item_id, order, text in sorted(accepted)]
 
@@ -413,8 +414,10 @@ class Run:
         known = {item.stratum(self.strata_keys) for item in train}
         for name in strata:
             if name not in known:
+                share = " (rl.reserved_share may have left none of it here)" if self.settings.rl.reserved_share else ""
                 raise MedbridgeError(
                     f"no training items of stratum {name!r}; training strata are: {', '.join(sorted(known)) or 'none'}."
+                    f"{share}"
                 )
         chosen = [item for item in train if item.stratum(self.strata_keys) in strata]
         self.ledger.add_items(chosen, self.strata_keys)

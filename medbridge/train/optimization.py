@@ -99,8 +99,8 @@ class Trainable:
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_gradient_norm))
         if not math.isfinite(norm):
             raise MedbridgeError(
-                f"step {step}: the gradient norm is {norm}; the weights were left as they were. Lower the "
-                "learning rate, or set model.dtype to float32; then run again to resume from the last checkpoint."
+                f"step {step}: the gradient norm is {norm}; the weights were left as they were. Start "
+                "another run from this run's last model (--model) with a lower learning rate or model.dtype float32."
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
