@@ -105,9 +105,8 @@ def test_against_one_call_a_sample(
     save("diagnose", "pytest bench/bench_diagnose.py -s", figures)
     with capsys.disabled():
         print(f"\n{ITEMS} items x {SAMPLES} samples, median of {ROUNDS} interleaved rounds")
-        print(
-            f"  one prefill per item      {seconds:8.2f} s  {figures['items_per_second']} items/s, {figures['tokens_per_second']} tokens/s"
-        )
+        rates = f"{figures['items_per_second']} items/s, {figures['tokens_per_second']} tokens/s"
+        print(f"  one prefill per item      {seconds:8.2f} s  {rates}")
         print(f"  one generate per sample   {peer:8.1f} s  (scaled from {CALLS} calls)")
         print(f"  ratio                     {figures['ratio']:8.1f} x")
 
