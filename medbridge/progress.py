@@ -40,6 +40,8 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
+        if speed is None and task.completed and task.elapsed:
+            speed = task.completed / task.elapsed  # one update only: no interval to measure between two
         return Text("" if speed is None else f"{speed:.3g} {task.fields['unit']}/s", style="cyan")
 
 

@@ -137,7 +137,7 @@ class _Learner:
     def update(
         self, step: int, requests: Sequence[Request], graded: Sequence[Graded], trainable: Trainable
     ) -> dict[str, float]:
-        """One or more optimizer updates from the groups of a step; returns the step's metrics."""
+        """One or more optimizer updates from the groups of a step; returns its metrics, means over the updates."""
         rewards = torch.tensor([entry.reward for entry in graded], dtype=torch.float32)
         offsets = torch.tensor(np.cumsum([0, *(len(request.samples) for request in requests)]))
         advantages = group_advantages(rewards, offsets, **self.config.advantage_options())
@@ -148,8 +148,13 @@ class _Learner:
         ]
         metrics = describe(graded, rewards, offsets)
         shuffled = np.random.default_rng([step, len(rows)]).permutation(len(rows))
-        for part in np.array_split(shuffled, self.settings.updates_per_batch):
-            metrics |= self._optimize([rows[at] for at in part], graded, advantages, step, trainable)
+        updates = [
+            self._optimize([rows[at] for at in part], graded, advantages, step, trainable)
+            for part in np.array_split(shuffled, self.settings.updates_per_batch)
+        ]
+        for name in dict.fromkeys(name for update in updates for name in update):
+            values = [update[name] for update in updates if name in update]
+            metrics[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
         return metrics
 
     def _optimize(
