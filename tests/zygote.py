@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 
@@ -23,6 +24,8 @@ def child(argv: list[str], log: str) -> int:
         os.dup2(nothing.fileno(), 0)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    # a shell starts background jobs with Ctrl-C ignored, and that is inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = argv
     try:
         if argv[0].endswith(".py"):
