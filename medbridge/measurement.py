@@ -16,7 +16,7 @@ from medbridge.data import Item, grade, permutation
 from medbridge.data.answers import Outcome, normalise
 from medbridge.ledger import Ledger, Stage, VerdictRow
 from medbridge.progress import Reporter
-from medbridge.rollout import GREEDY, Engine, Graded, Request, SamplingSettings
+from medbridge.rollout import GREEDY, Engine, Graded, Request
 from medbridge.support import Tally, Verdict, decide, measure
 
 
@@ -101,11 +101,10 @@ def _sample(
         return
     samples = settings.diagnosis.samples
     requests = [measurement_request(item, samples, settings.seed) for item in missing]
-    sampling = SamplingSettings(**settings.rollout.model_dump(include=set(SamplingSettings.model_fields)))
     by_id = {item.id: item for item in missing}
     tokens, began = 0, time.perf_counter()
     with reporter.task(f"{stage.kind}: sampling", len(missing), "items") as meter:
-        for batch in engine.generate(requests, sampling, seed=settings.seed):
+        for batch in engine.generate(requests, settings.rollout, seed=settings.seed):
             graded = [
                 Graded(rollout, grade(by_id[rollout.item_id], rollout.permutation, rollout.text, settings.data.prompt))
                 for rollout in batch

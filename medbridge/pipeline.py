@@ -89,7 +89,7 @@ class Run:
         self.strata_keys = settings.data.strata
 
     def close(self) -> None:
-        self.ledger.set_meta("worked_seconds", 60 * self._minutes())
+        self._keep_time()
         self.ledger.close()
         self._lock.close()
 
@@ -236,10 +236,7 @@ class Run:
             strata = self._split(self.settings.diagnosis.split)
             engine = self._engine(model if stage is None else stage.model)
             stage = stage or self._begin(round, "diagnose", model, ())
-            rows = run_measurement(self.ledger, stage, engine, strata, self.settings, self.reporter, widen=True)
-            summary = summarise_sampling(self.ledger, stage)
-            self.ledger.set_meta("worked_seconds", 60 * self._minutes())
-            self.ledger.finish_stage(stage.stage_id, result_model=None, summary=summary, verdicts=rows)
+            self._measure(stage, engine, strata, {}, widen=True)
         return self.ledger.verdicts(stage.stage_id)
 
     def evaluate(self, model: str) -> dict[str, VerdictRow]:
@@ -251,13 +248,24 @@ class Run:
         stage = known[0] if known else self._begin(self._last_round(), "evaluate", model, ())
         if stage.status == "running":
             strata = self._split(split)
-            rows = run_measurement(
-                self.ledger, stage, self._engine(model), strata, self.settings, self.reporter, widen=False
-            )
             baseline = frequent_answer_baseline(self.items.split("train"), strata, self.settings)
-            summary = {**summarise_sampling(self.ledger, stage), "split": split, "baseline": baseline}
-            self.ledger.finish_stage(stage.stage_id, result_model=None, summary=summary, verdicts=rows)
+            self._measure(stage, self._engine(model), strata, {"split": split, "baseline": baseline}, widen=False)
         return self.ledger.verdicts(stage.stage_id)
+
+    def _measure(
+        self,
+        stage: Stage,
+        engine: Engine,
+        strata: Mapping[str, Sequence[Item]],
+        summary: dict[str, Any],
+        *,
+        widen: bool,
+    ) -> None:
+        """Measure the strata and finish the stage with their verdicts."""
+        rows = run_measurement(self.ledger, stage, engine, strata, self.settings, self.reporter, widen=widen)
+        totals = summarise_sampling(self.ledger, stage)
+        self.ledger.finish_stage(stage.stage_id, result_model=None, summary={**totals, **summary}, verdicts=rows)
+        self._keep_time()
 
     def _split(self, name: str) -> dict[str, list[Item]]:
         items = self.items.split(name)
@@ -313,11 +321,10 @@ class Run:
             if item.id not in done
         ]
         by_id = {item.id: item for item in items}
-        sampling = SamplingSettings(**settings.rollout.model_dump(include=set(SamplingSettings.model_fields)))
         if requests:
             engine = self._engine(stage.model)
             with self.reporter.task("bridge: sampling own answers", len(requests), "items") as meter:
-                for batch in engine.generate(requests, sampling, seed=self._seed(stage)):
+                for batch in engine.generate(requests, settings.rollout, seed=self._seed(stage)):
                     self.ledger.save_rollouts(stage.stage_id, 0, [self._grade(rollout, by_id) for rollout in batch])
                     meter.advance(len({rollout.item_id for rollout in batch}))
         accepted = {
@@ -381,7 +388,7 @@ class Run:
 
             def on_step(step: int, metrics: dict[str, float], ids: list[str]) -> None:
                 self.ledger.log_step(stage.stage_id, step, metrics, ids)
-                self.ledger.set_meta("worked_seconds", 60 * self._minutes())
+                self._keep_time()
                 meter.advance(1, f"{shown} {metrics[shown]:.3f}")
                 if writer is not None:
                     for name, value in metrics.items():
@@ -404,7 +411,7 @@ class Run:
             "last_loss": losses[-1] if losses else None,
         }
         done = self.ledger.finish_stage(stage.stage_id, result_model=self._relative(folder), summary=summary)
-        self.ledger.set_meta("worked_seconds", 60 * self._minutes())
+        self._keep_time()
         shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
         return done
 
@@ -460,6 +467,10 @@ class Run:
     def _minutes(self) -> float:
         """Minutes of work so far, those of earlier processes included."""
         return (self._worked + time.monotonic() - self._opened) / 60
+
+    def _keep_time(self) -> None:
+        """Store the time worked, for the process that goes on after a kill."""
+        self.ledger.set_meta("worked_seconds", 60 * self._minutes())
 
     def _seed(self, stage: Stage) -> int:
         return self.settings.seed + 1000 * stage.stage_id

@@ -126,6 +126,18 @@ def tiny_texts(tiny_items: list[Item]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def odd_pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three picture files: a square, a wide and a tall one."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for number, (width, height) in enumerate([(28, 28), (90, 30), (20, 70)]):
+        pixels = np.random.default_rng(number).integers(0, 255, (height, width, 3)).astype(np.uint8)
+        paths.append(str(folder / f"{number}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="session")
 def images() -> ImageCache:
     """One image cache for all tests."""
     from medbridge.data import ImageCache

@@ -5,7 +5,6 @@ The weights are random: such a model shows how the pipeline behaves and trains o
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -359,13 +358,3 @@ _BUILDERS: dict[str, Callable[[FromNothing, PreTrainedTokenizerFast], tuple[PreT
     "qwen3_vl": _build_qwen3_vl,
     "gemma3": _build_gemma3,
 }
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a model folder."""
-    path = folder / "config.json"
-    try:
-        loaded: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise MedbridgeError(f"{path}: not a readable model configuration ({error}).") from error
-    return loaded

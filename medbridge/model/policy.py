@@ -19,14 +19,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from medbridge.data.images import ImageCache
 from medbridge.data.items import Item, Permutation
 from medbridge.data.prompts import PromptSettings, build_prompt
 from medbridge.errors import MedbridgeError
-from medbridge.model.initialise import FromNothing, config_of, replace_folder
+from medbridge.model.initialise import FromNothing, replace_folder
 
 BANNED_LOGIT = -1e9
 """Logit of a token that must not be sampled. Finite, so that p * log p stays 0 and not NaN in the entropy."""
@@ -136,13 +136,22 @@ class Policy:
     """A model, its processor, and the few things about them that the rest of medbridge asks."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, *, path: str, compute_dtype: torch.dtype, cache_mb: int = 512
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        *,
+        path: str,
+        compute_dtype: torch.dtype,
+        stored_dtype: torch.dtype | None = None,
+        cache_mb: int = 512,
     ) -> None:
+        """`stored_dtype` is the type of the weights on disk, in which `save` writes them; None: the compute type."""
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.path = path
         self.compute_dtype = compute_dtype
+        self.stored_dtype = stored_dtype or compute_dtype
         self.device = next(model.parameters()).device
         config = model.config
         self.image_token_id = _first_set(config, "image_token_id", "image_token_index")
@@ -188,6 +197,7 @@ class Policy:
                 path, dtype=held, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
             )
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+            stored = AutoConfig.from_pretrained(path, trust_remote_code=False).dtype or compute
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise MedbridgeError(
                 f"model {path!r} can't be loaded: {error}\n"
@@ -205,7 +215,7 @@ class Policy:
         if processor.tokenizer.chat_template is None and getattr(processor, "chat_template", None) is None:
             raise MedbridgeError(f"model {path!r} has no chat template; give an instruction-tuned model.")
         model.to(device)
-        return cls(model, processor, path=path, compute_dtype=compute)
+        return cls(model, processor, path=path, compute_dtype=compute, stored_dtype=stored)
 
     def save(self, out: Path) -> Path:
         """Write model and processor to `out` as a Hugging Face folder (atomically); adapters are not written."""
@@ -213,17 +223,14 @@ class Policy:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
             folder = Path(temporary) / "model"
             # float32 masters go back to the type that the model came in
-            stored = config_of(Path(self.path)) if Path(self.path).is_dir() else {}
-            name = stored.get("dtype") or stored.get("torch_dtype")
-            dtype = getattr(torch, name) if isinstance(name, str) else self.compute_dtype
             weights = {
-                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                name: tensor.to(self.stored_dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in self.model.state_dict().items()
             }
             transformers_logging.disable_progress_bar()
             self.model.save_pretrained(folder, state_dict=weights)
             self.processor.save_pretrained(folder)
-            _declare_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
+            _declare_dtype(folder / "config.json", str(self.stored_dtype).removeprefix("torch."))
             replace_folder(folder, out)
         return out
 

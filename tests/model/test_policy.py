@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,14 +24,9 @@ PROMPT = PromptSettings(answer_style="text", system="")
 
 
 @pytest.fixture(scope="module")
-def kinds_of_item(train_items: list[Item], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Item]:
+def kinds_of_item(train_items: list[Item], odd_pictures: list[str]) -> dict[str, Item]:
     """One image, several of different shapes, none; with options and open."""
-    folder = tmp_path_factory.mktemp("shapes")
-    paths = []
-    for number, size in enumerate([(28, 28), (90, 30), (20, 70)]):
-        pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
-        paths.append(str(folder / f"{number}.png"))
-        Image.fromarray(pixels).save(paths[-1])
+    paths = odd_pictures
     one = train_items[0]
 
     def make(name: str, **changes: Any) -> Item:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -25,14 +24,9 @@ SAMPLING = SamplingSettings(temperature=0.9, top_p=0.95, max_new_tokens=10)
 
 
 @pytest.fixture(scope="module")
-def mixed_items(train_items: list[Item], tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
+def mixed_items(train_items: list[Item], odd_pictures: list[str]) -> list[Item]:
     """Prompts of very different lengths, with 0, 2, 3 and 5 options and 0 to 3 images."""
-    folder = tmp_path_factory.mktemp("mixed")
-    paths = []
-    for number, size in enumerate([(28, 28), (90, 30), (20, 70)]):
-        pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
-        paths.append(str(folder / f"{number}.png"))
-        Image.fromarray(pixels).save(paths[-1])
+    paths = odd_pictures
     three, two = train_items[0], train_items[1]
     five = ("dark", "grey", "bright", "left", "right")
 
