@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from medbridge.pipeline import environment
+from medbridge.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results"
 

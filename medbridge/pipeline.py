@@ -7,39 +7,27 @@ depend on stored verdicts only, come out as before.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import platform
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-
-import medbridge
-from medbridge.config import RunSettings, dump_config
-from medbridge.data import ImageCache, Item, ItemSet, grade, open_items, permutation, target_completion
+from medbridge.data import Item, grade, permutation
 from medbridge.errors import MedbridgeError
-from medbridge.ledger import Ledger, Stage, VerdictRow, to_json
-from medbridge.measurement import (
-    by_stratum,
-    frequent_answer_baseline,
-    run_measurement,
-    summarise_sampling,
-)
+from medbridge.ledger import Stage, VerdictRow
+from medbridge.measurement import by_stratum, frequent_answer_baseline, run_measurement, summarise_sampling
 from medbridge.model import Policy, init_model
-from medbridge.progress import Reporter
 from medbridge.rollout import Engine, Graded, Request, SamplingSettings, TransformersEngine
+from medbridge.run_folder import RunFolder
 from medbridge.train import Example, train_rl, train_sft
+from medbridge.train.examples import Accepted, Answers, RandomAnswers
 from medbridge.train.rewards import reward
-from medbridge.train.sft import Examples, OnStep, seeded
+from medbridge.train.sft import Examples, OnStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,47 +39,8 @@ class Plan:
     reason: str
 
 
-class Run:
-    """One run folder with its settings, items and ledger. Only one process may hold it."""
-
-    def __init__(self, folder: Path, settings: RunSettings, *, base_dir: Path, reporter: Reporter) -> None:
-        """Open or create the run.
-
-        Args:
-            folder: run folder.
-            settings: of the run; a resumed run must not change what its results depend on.
-            base_dir: folder that relative data paths start from (the YAML file's).
-            reporter: where progress is shown.
-        """
-        self.folder = folder
-        self.settings = settings
-        self.reporter = reporter
-        self._lock = _lock(folder)
-        try:
-            for left in (folder / "models").glob(".*"):  # half a model, of a process killed while it wrote
-                if left.is_dir():
-                    shutil.rmtree(left)
-            self.ledger = Ledger(folder / "run.sqlite")
-            self._opened = time.monotonic()
-            self._worked: float = self.ledger.meta("worked_seconds") or 0.0
-            self._refuse_changed_settings()
-            self.images = ImageCache(settings.data.image_cache_mb << 20)
-            self.base_dir = base_dir
-            self.items: ItemSet = open_items(settings.data, base_dir=base_dir, cache_dir=folder / "data")
-            self._check_tags()
-            self._refuse_changed_items()
-        except BaseException:
-            self._lock.close()  # also where the error is kept, and with it this object
-            raise
-        self._store_settings(base_dir)  # only now: a run that could not begin binds nobody to its settings
-        if self.items.skipped:
-            reporter.say(f"{len(self.items.skipped)} rows skipped; the first: {self.items.skipped[0]}")
-        self.strata_keys = settings.data.strata
-
-    def close(self) -> None:
-        self._keep_time()
-        self.ledger.close()
-        self._lock.close()
+class Run(RunFolder):
+    """The loop and its stages, on one run folder."""
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -187,7 +136,7 @@ class Run:
             return Plan("stop", (), "; ".join(reasons))
         if len(trained) >= budget.stages:
             return Plan("stop", (), f"the budget of {budget.stages} training stages is used up")
-        if budget.minutes is not None and self._minutes() >= budget.minutes:
+        if budget.minutes is not None and self.minutes() >= budget.minutes:
             return Plan("stop", (), f"the budget of {budget.minutes:g} minutes is used up")
         kind = "bridge" if wanted["bridge"] else "sharpen"
         return Plan(kind, wanted[kind], f"{kind} {', '.join(wanted[kind])}")
@@ -218,7 +167,7 @@ class Run:
             plan = self.settings.sft.model_copy(
                 update={"steps": settings.from_nothing.format_steps, "source": "answers", "replay_share": 0.0}
             )
-            examples = _RandomAnswers(self.items.split("train"), self)
+            examples = RandomAnswers(self.items.split("train"), self.settings.data.prompt, seed=self.settings.seed)
             stage = self._train_supervised(stage, examples, None, plan, {"source": "random answers"})
         return self._remember_base(_result(stage))
 
@@ -265,7 +214,7 @@ class Run:
         rows = run_measurement(self.ledger, stage, engine, strata, self.settings, self.reporter, widen=widen)
         totals = summarise_sampling(self.ledger, stage)
         self.ledger.finish_stage(stage.stage_id, result_model=None, summary={**totals, **summary}, verdicts=rows)
-        self._keep_time()
+        self.keep_time()
 
     def _split(self, name: str) -> dict[str, list[Item]]:
         items = self.items.split(name)
@@ -292,11 +241,16 @@ class Run:
             if not items:
                 raise MedbridgeError("sft.source is traces, and no training item has one. Use auto or answers.")
         stage = stage or self._begin(round, "bridge", model, strata)  # only now: nothing above can fail any more
-        examples: Examples = _Answers(items, self)
+        examples: Examples = self._answers(items)
         if settings.source == "rejection":
-            examples = _Accepted(self._rejection_sample(stage, items))
-        replay = _Answers(others, self) if others else None
+            examples = Accepted(self._rejection_sample(stage, items))
+        replay = self._answers(others) if others else None
         return _result(self._train_supervised(stage, examples, replay, settings, {"source": settings.source}))
+
+    def _answers(self, items: Sequence[Item]) -> Answers:
+        settings = self.settings
+        traces = settings.sft.source != "answers"
+        return Answers(items, settings.data.prompt, seed=settings.seed, traces=traces)
 
     def _train_supervised(
         self, stage: Stage, examples: Examples, replay: Examples | None, settings: Any, summary: dict[str, Any]
@@ -388,7 +342,7 @@ class Run:
 
             def on_step(step: int, metrics: dict[str, float], ids: list[str]) -> None:
                 self.ledger.log_step(stage.stage_id, step, metrics, ids)
-                self._keep_time()
+                self.keep_time()
                 meter.advance(1, f"{shown} {metrics[shown]:.3f}")
                 if writer is not None:
                     for name, value in metrics.items():
@@ -411,7 +365,7 @@ class Run:
             "last_loss": losses[-1] if losses else None,
         }
         done = self.ledger.finish_stage(stage.stage_id, result_model=self._relative(folder), summary=summary)
-        self._keep_time()
+        self.keep_time()
         shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
         return done
 
@@ -464,14 +418,6 @@ class Run:
     def _last_round(self) -> int:
         return max((stage.round for stage in self.ledger.stages()), default=0)
 
-    def _minutes(self) -> float:
-        """Minutes of work so far, those of earlier processes included."""
-        return (self._worked + time.monotonic() - self._opened) / 60
-
-    def _keep_time(self) -> None:
-        """Store the time worked, for the process that goes on after a kill."""
-        self.ledger.set_meta("worked_seconds", 60 * self._minutes())
-
     def _seed(self, stage: Stage) -> int:
         return self.settings.seed + 1000 * stage.stage_id
 
@@ -485,109 +431,6 @@ class Run:
     def _relative(self, folder: Path) -> str:
         return folder.relative_to(self.folder).as_posix()
 
-    def _refuse_changed_settings(self) -> None:
-        """Hold a resumed run to the settings that its results so far came from."""
-        new = json.loads(to_json(self.settings.model_dump(mode="json")))  # as stored: an infinity reads as null
-        old = self.ledger.meta("config")
-        if old is not None:
-            free = {"name", "budget", "tensorboard"}  # may change: they decide how far a run goes, not what it finds
-            changed = [key for key in _differences(old, new) if key.split(".")[0] not in free]
-            if changed and self.ledger.stages():
-                raise MedbridgeError(
-                    f"{self.folder}: this run was begun with other settings ({', '.join(changed[:8])}). Its results "
-                    "would mix. Give the settings it was begun with (its config.yaml), or another run folder."
-                )
-            if changed:
-                shutil.rmtree(self.folder / "models", ignore_errors=True)  # perhaps one of another shape
-
-    def _refuse_changed_items(self) -> None:
-        """Hold a resumed run to the questions that its results so far came from."""
-        digest = hashlib.sha256()
-        for item in self.items.items:
-            record = [item.id, item.split, item.question, item.options, item.answer, dict(item.tags), item.floor]
-            digest.update(to_json(record).encode("utf-8", "replace"))
-        old = self.ledger.meta("items_digest")
-        if old not in (None, digest.hexdigest()) and self.ledger.stages():
-            raise MedbridgeError(
-                f"{self.folder}: the questions are not those that this run was begun with: texts, answers, splits or "
-                "tags changed. Its results would mix. Restore the data, or use another run folder."
-            )
-        self.ledger.set_meta("items_digest", digest.hexdigest())
-
-    def _check_tags(self) -> None:
-        """Refuse tags that no item has: they would quietly mean something else."""
-        settings = self.settings.diagnosis
-        for key, tags in (("cluster", settings.cluster), ("kind_of_question", settings.kind_of_question)):
-            for tag in tags:
-                if not any(tag in item.tags for item in self.items.items):
-                    have = sorted({name for item in self.items.items for name in item.tags})
-                    raise MedbridgeError(
-                        f"diagnosis.{key} names the tag {tag!r}, which no item has; there are: "
-                        f"{', '.join(have) or 'none'}."
-                    )
-
-    def _store_settings(self, base_dir: Path) -> None:
-        self.ledger.set_meta("config", self.settings.model_dump(mode="json"))
-        self.ledger.set_meta("name", self.settings.name)
-        self.ledger.set_meta("base_dir", str(base_dir.resolve()))
-        self.ledger.set_meta("environment", environment())
-        written = self.folder / ".config.yaml"
-        written.write_text(dump_config(self.settings), encoding="utf-8")
-        written.replace(self.folder / "config.yaml")  # never half a file
-
-
-class _Answers:
-    """Supervised completions of items; the option order changes with each visit."""
-
-    def __init__(self, items: Sequence[Item], run: Run) -> None:
-        self.items = items
-        self.run = run
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def example(self, index: int, visit: int) -> Example:
-        item = self.items[index]
-        settings = self.run.settings
-        order = permutation(item, settings.seed + 1, visit)
-        bare = settings.sft.source == "answers" and item.trace is not None
-        shown = _without_trace(item) if bare else item
-        return Example(item, order, target_completion(shown, order, settings.data.prompt))
-
-
-class _RandomAnswers(_Answers):
-    """Completions in the right form with an answer drawn at random: they teach the form and nothing else."""
-
-    def example(self, index: int, visit: int) -> Example:
-        item = self.items[index]
-        settings = self.run.settings
-        order = permutation(item, settings.seed + 1, visit)
-        choices = item.options or tuple(sorted({i.answer for i in self.items if i.options is None}))
-        drawn = int(torch.randint(len(choices), (), generator=seeded(settings.seed, item.id, visit)))
-        guess = _with_answer(item, choices[drawn])
-        return Example(item, order, target_completion(guess, order, settings.data.prompt))
-
-
-class _Accepted:
-    """Completions that were sampled and found correct."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def example(self, index: int, visit: int) -> Example:
-        return self.examples[index]
-
-
-def _without_trace(item: Item) -> Item:
-    return replace(item, trace=None)
-
-
-def _with_answer(item: Item, answer: str) -> Item:
-    return replace(item, answer=answer, trace=None)
-
 
 def item_texts(item: Item) -> list[str]:
     """The texts of an item that a tokenizer should know."""
@@ -598,19 +441,6 @@ def _fraction(seed: int, item_id: str) -> float:
     """A number in [0, 1) that depends on the arguments only."""
     digest = hashlib.blake2b(f"reserve|{seed}|{item_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
-
-
-def environment() -> dict[str, str]:
-    """Versions and machine, for the record."""
-    found = {"medbridge": medbridge.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    for package in ("torch", "transformers", "peft", "numpy", "vllm", "flash-attn"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    found["threads"] = str(torch.get_num_threads())
-    return found
 
 
 def _result(stage: Stage) -> str:
@@ -626,29 +456,3 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
             "tensorboard is true, and the package is not installed: pip install 'medbridge[train]', or set it to false."
         ) from error
     return SummaryWriter(str(folder), purge_step=first_step)
-
-
-def _lock(folder: Path) -> IO[str]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "run.lock").open("w")
-    except OSError as error:
-        raise MedbridgeError(f"{folder}: can't be used as a run folder ({error}). Name another one.") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
-        raise MedbridgeError(
-            f"{folder}: another medbridge process is working in this run folder. Wait for it, or use another folder."
-        ) from None
-    return handle
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            key
-            for name in sorted(old.keys() | new.keys())
-            for key in _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
-        ]
-    return [] if old == new else [prefix]

@@ -20,9 +20,10 @@ from medbridge.data import grade
 from medbridge.errors import MedbridgeError
 from medbridge.ledger import Ledger
 from medbridge.model import Policy
-from medbridge.pipeline import Run, environment
+from medbridge.pipeline import Run
 from medbridge.progress import Reporter
 from medbridge.rollout import GREEDY, Graded, Rollout
+from medbridge.run_folder import environment
 
 TABLES = ("items", "stages", "rollouts", "outcomes", "tallies", "verdicts", "batches", "metrics")
 
