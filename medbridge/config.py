@@ -17,6 +17,8 @@ from medbridge.errors import MedbridgeError
 from medbridge.model import ModelSettings
 from medbridge.rollout import RolloutSettings
 from medbridge.support import GateSettings
+from medbridge.support.guard import GuardSettings
+from medbridge.support.routing import RoutingSettings
 from medbridge.train import RlSettings, SftSettings
 
 
@@ -27,12 +29,27 @@ class DiagnosisSettings(BaseModel):
 
     split: SplitName = Field("validation", description="Split that decides what is trained next.")
     samples: int = Field(16, ge=1, description="Completions sampled per item, beside one greedy completion.")
-    items_per_stratum: int = Field(
-        64, ge=1, description="Items measured per stratum at first; an undecided stratum gets twice as many."
+    sequential: bool = Field(
+        True,
+        description="Sample items in random order and stop a stratum as soon as its verdict is settled, by evidence "
+        "that holds however often one looks (half of gate.alpha; the other half is for a last look at all items). "
+        "false: measure all items, and look once.",
     )
+    finite: bool = Field(
+        False,
+        description="true: sequential verdicts are about the items of this split and no others, so that they settle "
+        "sooner, at the latest when all are measured. false: about items like these, drawn with their clusters.",
+    )
+    items_per_look: int = Field(16, ge=1, description="Items sampled of a stratum between two looks (whole clusters).")
     max_items_per_stratum: int | None = Field(
-        None, ge=1, description="Most items measured per stratum; null uses all that the split has."
+        200, ge=1, description="Most items measured per stratum; null uses all that the split has."
     )
+    controls: list[Literal["blank", "shuffled"]] = Field(
+        default_factory=lambda: ["blank", "shuffled"],
+        description="Measure the same questions again with grey images (blank) and with another question's (shuffled): "
+        "support that stays is not read from the image.",
+    )
+    control_items: int = Field(32, ge=1, description="Most items per stratum that a control measures.")
     test_split: SplitName | None = Field(
         "test", description="Held-out split measured once before and once after; null measures none."
     )
@@ -49,13 +66,20 @@ class DiagnosisSettings(BaseModel):
 
 
 class BudgetSettings(BaseModel):
-    """When the loop stops although some stratum is not done."""
+    """When the loop stops although some stratum is not done, and when it takes a stage back."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     stages: int = Field(8, ge=0, description="Most training stages of a run.")
     bridges_per_stratum: int = Field(3, ge=0, description="Most bridge stages a stratum takes part in.")
     sharpens_per_stratum: int = Field(3, ge=0, description="Most sharpen stages a stratum takes part in.")
+    tolerated_loss: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Loss of support, in any stratum, that a sharpen stage may cause; a significantly larger one rolls "
+        "the run back to the model before.",
+    )
     minutes: float | None = Field(
         None, gt=0, description="Minutes of work, summed over resumed runs, after which no stage is begun."
     )
@@ -74,6 +98,11 @@ class RunSettings(BaseModel):
     rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="How completions are drawn.")
     diagnosis: DiagnosisSettings = Field(default_factory=DiagnosisSettings, description="What is measured.")
     gate: GateSettings = Field(default_factory=GateSettings, description="The rule that gives verdicts.")
+    guard: GuardSettings = Field(default_factory=GuardSettings, description="When a measurement gives no verdict.")
+    routing: RoutingSettings = Field(
+        default_factory=RoutingSettings,
+        description="Which training items a stage uses: those it can teach something.",
+    )
     sft: SftSettings = Field(default_factory=SftSettings, description="Bridging: supervised fine-tuning.")
     rl: RlSettings = Field(default_factory=RlSettings, description="Sharpening: GRPO.")
     budget: BudgetSettings = Field(default_factory=BudgetSettings, description="When to stop.")

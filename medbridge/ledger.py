@@ -24,7 +24,7 @@ from medbridge.errors import MedbridgeError
 from medbridge.rollout.engine import GREEDY, Graded, Rollout
 from medbridge.support.tallies import Tally
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -35,7 +35,7 @@ CREATE TABLE items (
 ) WITHOUT ROWID;
 CREATE TABLE stages (
     stage_id INTEGER PRIMARY KEY, round INTEGER NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('format', 'diagnose', 'bridge', 'sharpen', 'evaluate')),
+    kind TEXT NOT NULL CHECK (kind IN ('format', 'diagnose', 'control', 'route', 'bridge', 'sharpen', 'evaluate')),
     status TEXT NOT NULL CHECK (status IN ('running', 'done')),
     model TEXT NOT NULL, result_model TEXT, strata TEXT NOT NULL, plan TEXT NOT NULL,
     started REAL NOT NULL, finished REAL, summary TEXT
@@ -44,7 +44,7 @@ CREATE TABLE rollouts (
     rollout_id INTEGER PRIMARY KEY, stage_id INTEGER NOT NULL REFERENCES stages, step INTEGER NOT NULL,
     item_id TEXT NOT NULL, sample INTEGER NOT NULL, permutation TEXT NOT NULL, text TEXT NOT NULL,
     token_ids BLOB NOT NULL, logprobs BLOB NOT NULL, finish_reason TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL, UNIQUE (stage_id, step, item_id, sample)
+    prompt_tokens INTEGER NOT NULL, images INTEGER, UNIQUE (stage_id, step, item_id, sample)
 );
 CREATE TABLE outcomes (
     rollout_id INTEGER PRIMARY KEY REFERENCES rollouts,
@@ -264,7 +264,7 @@ class Ledger:
                 rollout, outcome = entry.rollout, entry.outcome
                 cursor = self._db.execute(
                     "INSERT INTO rollouts (stage_id, step, item_id, sample, permutation, text, token_ids, logprobs,"
-                    " finish_reason, prompt_tokens) VALUES (?,?,?,?,?,?,?,?,?,?)",
+                    " finish_reason, prompt_tokens, images) VALUES (?,?,?,?,?,?,?,?,?,?,?)",
                     (
                         stage_id,
                         step,
@@ -277,6 +277,7 @@ class Ledger:
                         rollout.logprobs.astype("<f4").tobytes(),
                         rollout.finish_reason,
                         rollout.prompt_tokens,
+                        rollout.images,
                     ),
                 )
                 span = outcome.span or (None, None)
@@ -299,7 +300,7 @@ class Ledger:
     ) -> list[Graded]:
         """Stored rollouts of a stage, in the order in which they were stored."""
         query = (
-            "SELECT item_id, sample, permutation, text, token_ids, logprobs, finish_reason, prompt_tokens,"
+            "SELECT item_id, sample, permutation, text, token_ids, logprobs, finish_reason, prompt_tokens, images,"
             " status, option, answer, span_start, span_end, well_formed, reward"
             " FROM rollouts JOIN outcomes USING (rollout_id) WHERE stage_id = ?"
         )
@@ -307,9 +308,9 @@ class Ledger:
         if step is not None:
             query += " AND step = ?"
             arguments.append(step)
-        if item_ids is not None:
-            query += f" AND item_id IN ({','.join('?' * len(item_ids))})"
-            arguments.extend(item_ids)
+        chosen, ids = _among(item_ids)
+        query += chosen
+        arguments.extend(ids)
         found = []
         for row in self._db.execute(query + " ORDER BY rollout_id", arguments):
             rollout = Rollout(
@@ -321,18 +322,20 @@ class Ledger:
                 logprobs=np.frombuffer(row[5], dtype="<f4"),
                 finish_reason=row[6],
                 prompt_tokens=row[7],
+                images=row[8],
             )
-            span = None if row[11] is None else (row[11], row[12])
-            outcome = Outcome(status=row[8], option=row[9], answer=row[10], span=span, well_formed=bool(row[13]))
-            found.append(Graded(rollout, outcome, row[14]))
+            span = None if row[12] is None else (row[12], row[13])
+            outcome = Outcome(status=row[9], option=row[10], answer=row[11], span=span, well_formed=bool(row[14]))
+            found.append(Graded(rollout, outcome, row[15]))
         return found
 
-    def outcomes(self, stage_id: int) -> list[tuple[str, int, Outcome]]:
+    def outcomes(self, stage_id: int, item_ids: Sequence[str] | None = None) -> list[tuple[str, int, Outcome]]:
         """(item id, sample, outcome) of a stage's rollouts, without their tokens, in the order of storing."""
+        chosen, arguments = _among(item_ids)
         rows = self._db.execute(
             "SELECT item_id, sample, status, option, answer, span_start, span_end, well_formed"
-            " FROM rollouts JOIN outcomes USING (rollout_id) WHERE stage_id = ? ORDER BY rollout_id",
-            (stage_id,),
+            f" FROM rollouts JOIN outcomes USING (rollout_id) WHERE stage_id = ?{chosen} ORDER BY rollout_id",
+            (stage_id, *arguments),
         )
         return [
             (
@@ -443,6 +446,13 @@ class Ledger:
         """Item ids of each optimizer step of a stage, in order."""
         rows = self._db.execute("SELECT item_ids FROM batches WHERE stage_id = ? ORDER BY step", (stage_id,))
         return [json.loads(row[0]) for row in rows]
+
+
+def _among(item_ids: Sequence[str] | None) -> tuple[str, list[str]]:
+    """A condition on item ids, with its arguments. The ids go as one JSON text: SQLite bounds how many it takes."""
+    if item_ids is None:
+        return "", []
+    return " AND item_id IN (SELECT value FROM json_each(?))", [json.dumps(list(item_ids))]
 
 
 def _finite(value: float) -> float | None:

@@ -13,17 +13,31 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from medbridge.data import Item, grade, permutation
 from medbridge.errors import MedbridgeError
 from medbridge.ledger import Stage, VerdictRow
-from medbridge.measurement import by_stratum, frequent_answer_baseline, run_measurement, summarise_sampling
+from medbridge.measurement import (
+    Sampler,
+    by_stratum,
+    came_out,
+    compare_stages,
+    control_items,
+    frequent_answer_baseline,
+    measured_items,
+    read_otherwise,
+    run_control,
+    run_measurement,
+    summarise_sampling,
+    tally_items,
+)
 from medbridge.model import Policy, init_model
 from medbridge.rollout import Engine, Graded, Request, SamplingSettings, TransformersEngine
 from medbridge.run_folder import RunFolder
+from medbridge.support.routing import route
 from medbridge.train import Example, train_rl, train_sft
 from medbridge.train.examples import Accepted, Answers, RandomAnswers
 from medbridge.train.rewards import reward
@@ -49,7 +63,7 @@ class Run(RunFolder):
         base = model = self.base_model()
         round = 0
         while True:
-            verdicts = self.diagnose(round, model)
+            model, verdicts = self.assess(round, model)
             plan = self._plan(round, verdicts)
             if plan.kind == "stop":
                 break
@@ -84,7 +98,7 @@ class Run(RunFolder):
         chosen = tuple(strata or ())
         if not chosen and begun is None:
             measured = self._stage_of(round, ("diagnose",))
-            verdicts = {} if measured is None else self.ledger.verdicts(measured.stage_id)
+            verdicts = {} if measured is None else self.ledger.verdicts(self._standing(round).stage_id)
             chosen = tuple(name for name, row in verdicts.items() if row.kind == kind)
             if not chosen:
                 found = ", ".join(f"{name}: {row.kind}" for name, row in verdicts.items())
@@ -99,7 +113,10 @@ class Run(RunFolder):
         return sum(stage.kind in ("bridge", "sharpen") and stage.status == "done" for stage in self.ledger.stages())
 
     def current_model(self) -> str:
-        """The result of the last finished training stage, or the base model."""
+        """The result of the last finished training stage that was not taken back, or the base model."""
+        measured = self._stage_of(self.next_round(), ("diagnose",))
+        if measured is not None and measured.status == "done":
+            return self._standing(measured.round).model
         done = [stage for stage in self.ledger.stages() if stage.kind in ("bridge", "sharpen") and stage.result_model]
         return _result(done[-1]) if done else self.base_model()
 
@@ -112,6 +129,7 @@ class Run(RunFolder):
         trained = [stage for stage in self.ledger.stages() if stage.kind in ("bridge", "sharpen")]
         times = Counter((stage.kind, name) for stage in trained for name in stage.strata)
         limits = {"bridge": budget.bridges_per_stratum, "sharpen": budget.sharpens_per_stratum}
+        spoilt = {name for stage in trained if self._taken_back(stage) for name in stage.strata}
         taught = {
             "bridge": {item.stratum(self.strata_keys) for item in self._train_split(reserved=False)},
             "sharpen": {item.stratum(self.strata_keys) for item in self._train_split(reserved=True)},
@@ -120,7 +138,10 @@ class Run(RunFolder):
             kind: tuple(
                 name
                 for name, row in verdicts.items()
-                if row.kind == kind and times[kind, name] < limits[kind] and name in taught[kind]
+                if row.kind == kind
+                and times[kind, name] < limits[kind]
+                and name in taught[kind]
+                and not (kind == "sharpen" and name in spoilt)
             )
             for kind in limits
         }
@@ -130,8 +151,10 @@ class Run(RunFolder):
             return Plan("stop", (), f"undecided: {', '.join(undecided)}" if undecided else "every stratum is done")
         if not any(wanted.values()):
             bare = [name for name in open_strata if name not in taught[verdicts[name].kind]]
-            used = [name for name in open_strata if name not in bare]
-            reasons = [f"stages per stratum are used up for {', '.join(used)}"] if used else []
+            back = [name for name in open_strata if verdicts[name].kind == "sharpen" and name in spoilt]
+            used = [name for name in open_strata if name not in bare and name not in back]
+            reasons = [f"sharpening cost support and was taken back for {', '.join(back)}"] if back else []
+            reasons += [f"stages per stratum are used up for {', '.join(used)}"] if used else []
             reasons += [f"there are no training items for {', '.join(bare)}"] if bare else []
             return Plan("stop", (), "; ".join(reasons))
         if len(trained) >= budget.stages:
@@ -177,16 +200,50 @@ class Run(RunFolder):
 
     # -- measuring -----------------------------------------------------------------------------------------
 
+    def assess(self, round: int, model: str) -> tuple[str, dict[str, VerdictRow]]:
+        """Measure and judge a model; where sharpening cost support, the model before it comes back with its verdicts."""
+        self.diagnose(round, model)
+        standing = self._standing(round)
+        return standing.model, self.ledger.verdicts(standing.stage_id)
+
     def diagnose(self, round: int, model: str) -> dict[str, VerdictRow]:
-        """Measure support on the diagnosis split and judge every stratum."""
+        """Measure support on the diagnosis split, judge every stratum, and compare with the model before."""
         stage = self._stage_of(round, ("diagnose",))
         if stage is None or stage.status == "running":
             # data and model first: what fails here has begun no stage, and its settings can still be mended
             strata = self._split(self.settings.diagnosis.split)
             engine = self._engine(model if stage is None else stage.model)
             stage = stage or self._begin(round, "diagnose", model, ())
-            self._measure(stage, engine, strata, {}, widen=True)
+            trained = self._stage_of(round - 1, ("bridge", "sharpen"))
+            before = self._standing(round - 1) if trained and self._stage_of(round - 1, ("diagnose",)) else None
+            # the loss of support is read on the same questions: all that the model before was asked
+            again = self.ledger.tallies(before.stage_id) if before and trained and trained.kind == "sharpen" else []
+            rows = run_measurement(
+                self.ledger, stage, engine, strata, self.settings, self.reporter,
+                limit=self.settings.diagnosis.max_items_per_stratum, sequential=self.settings.diagnosis.sequential,
+                at_least={tally.item_id for tally in again},
+            )  # fmt: skip
+            rows = self._check(stage, engine, strata, rows)
+            summary = {} if before is None else compare_stages(self.ledger, before, stage, strata, self.settings)
+            if before is not None and trained is not None and trained.kind == "sharpen":
+                summary["forecasts"] = came_out(self.ledger.verdicts(before.stage_id), rows, trained.strata)
+            if again and summary["lost"]:
+                self.reporter.say(f"round {round}: sharpening is taken back: {'; '.join(summary['lost'].values())}")
+            elif "lost" in summary:
+                del summary["lost"]  # bridging may trade one stratum's support for another's; only RL is held to it
+            self._finish_measuring(stage, rows, summary)
         return self.ledger.verdicts(stage.stage_id)
+
+    def _taken_back(self, trained: Stage) -> bool:
+        """Whether the diagnosis after a training stage went back to the model before it."""
+        after = self._stage_of(trained.round + 1, ("diagnose",))
+        return after is not None and bool(after.summary.get("lost"))
+
+    def _standing(self, round: int) -> Stage:
+        """The diagnosis that a round goes on from: its own, or an earlier one where sharpening was taken back."""
+        stage = self._stage_of(round, ("diagnose",))
+        assert stage is not None
+        return self._standing(round - 1) if stage.summary.get("lost") else stage
 
     def evaluate(self, model: str) -> dict[str, VerdictRow]:
         """Measure a model on the held-out test split, beside the most frequent answer; nothing is trained on it."""
@@ -198,20 +255,32 @@ class Run(RunFolder):
         if stage.status == "running":
             strata = self._split(split)
             baseline = frequent_answer_baseline(self.items.split("train"), strata, self.settings)
-            self._measure(stage, self._engine(model), strata, {"split": split, "baseline": baseline}, widen=False)
+            rows = run_measurement(self.ledger, stage, self._engine(model), strata, self.settings, self.reporter)
+            self._finish_measuring(stage, rows, {"split": split, "baseline": baseline})
         return self.ledger.verdicts(stage.stage_id)
 
-    def _measure(
-        self,
-        stage: Stage,
-        engine: Engine,
-        strata: Mapping[str, Sequence[Item]],
-        summary: dict[str, Any],
-        *,
-        widen: bool,
-    ) -> None:
-        """Measure the strata and finish the stage with their verdicts."""
-        rows = run_measurement(self.ledger, stage, engine, strata, self.settings, self.reporter, widen=widen)
+    def _check(
+        self, stage: Stage, engine: Engine, strata: Mapping[str, Sequence[Item]], rows: Sequence[VerdictRow]
+    ) -> list[VerdictRow]:
+        """The verdicts with what became of them under other readings and other images."""
+        measured = measured_items(self.ledger, stage, strata)
+        checks = read_otherwise(self.ledger, stage, measured, self.settings)
+        for kind in self.settings.diagnosis.controls:
+            shown = control_items(kind, measured, self.settings, self.folder / "controls")
+            if any(shown.values()):
+                control = self._stage_of(stage.round, ("control",), kind) or self._begin(
+                    stage.round, "control", stage.model, (kind,)
+                )
+                found = run_control(self.ledger, control, stage, engine, measured, shown, self.settings, self.reporter)
+                if control.status == "running":
+                    totals = summarise_sampling(self.ledger, control)
+                    self.ledger.finish_stage(control.stage_id, result_model=None, summary=totals)
+                for name, entry in found.items():
+                    checks[name][kind] = entry
+        return [replace(row, verdict={**row.verdict, "checks": checks.get(row.stratum, {})}) for row in rows]
+
+    def _finish_measuring(self, stage: Stage, rows: Sequence[VerdictRow], summary: Mapping[str, Any]) -> None:
+        """Finish the stage with its verdicts."""
         totals = summarise_sampling(self.ledger, stage)
         self.ledger.finish_stage(stage.stage_id, result_model=None, summary={**totals, **summary}, verdicts=rows)
         self.keep_time()
@@ -225,7 +294,7 @@ class Run(RunFolder):
                 "diagnosis.split, or add a source."
             )
         self.ledger.add_items(items, self.strata_keys)
-        return by_stratum(items, self.strata_keys, self.settings.seed)
+        return by_stratum(items, self.strata_keys, self.settings.seed, self.settings.diagnosis.cluster)
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -240,6 +309,7 @@ class Run(RunFolder):
             items = [item for item in items if item.trace]
             if not items:
                 raise MedbridgeError("sft.source is traces, and no training item has one. Use auto or answers.")
+        items = self._routed(round, "bridge", model if stage is None else stage.model, items)
         stage = stage or self._begin(round, "bridge", model, strata)  # only now: nothing above can fail any more
         examples: Examples = self._answers(items)
         if settings.source == "rejection":
@@ -300,6 +370,7 @@ class Run(RunFolder):
         if stage is not None and stage.status == "done":
             return _result(stage)
         items, _ = self._training_items(strata if stage is None else stage.strata, reserved=True)
+        items = self._routed(round, "sharpen", model if stage is None else stage.model, items)
         stage = stage or self._begin(round, "sharpen", model, strata)
         by_id = {item.id: item for item in items}
         settings = self.settings.rl
@@ -369,6 +440,32 @@ class Run(RunFolder):
         shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
         return done
 
+    def _routed(self, round: int, kind: str, model: str, items: list[Item]) -> list[Item]:
+        """The training items that a stage of this kind can use, by what the model makes of them now."""
+        settings = self.settings.routing
+        if settings.samples == 0:
+            return items
+        stage = self._stage_of(round, ("route",)) or self._begin(round, "route", model, (kind,))
+        if stage.status == "running":
+            sampler = Sampler(
+                self.ledger, stage, self._engine(stage.model), self.settings, samples=settings.samples, greedy=False
+            )
+            with self.reporter.task(f"route: sampling for {kind}", len(items), "items") as meter:
+                sampler.complete(items, meter)
+            tallies = tally_items(self.ledger, stage.stage_id, items, self.settings.diagnosis.cluster)
+            self.ledger.save_tallies(stage.stage_id, tallies)
+        routes = route(self.ledger.tallies(stage.stage_id), settings, seed=self.settings.seed)
+        chosen = routes.bridge if kind == "bridge" else routes.sharpen
+        if stage.status == "running":
+            counted = {name: len(getattr(routes, name)) for name in ("bridge", "sharpen", "anchor", "left_out")}
+            summary = {**summarise_sampling(self.ledger, stage), "routes": counted}
+            self.ledger.finish_stage(stage.stage_id, result_model=None, summary=summary)
+        if not chosen:
+            self.reporter.say(f"routing: none of {len(items)} training items is one to {kind}; all of them are used")
+            return items
+        wanted = {*chosen, *routes.anchor}
+        return [item for item in items if item.id in wanted]
+
     def _training_items(self, strata: Sequence[str], *, reserved: bool) -> tuple[list[Item], list[Item]]:
         """Training items of the strata, and of all others: those reserved for sharpening, or the rest."""
         train = self._train_split(reserved=reserved)
@@ -412,8 +509,15 @@ class Run(RunFolder):
         plan = self.settings.model_dump(mode="json", include=set(sections))
         return self.ledger.begin_stage(round=round, kind=kind, model=model, strata=strata, plan=plan)
 
-    def _stage_of(self, round: int, kinds: Sequence[str]) -> Stage | None:
-        return next((s for s in self.ledger.stages() if s.round == round and s.kind in kinds), None)
+    def _stage_of(self, round: int, kinds: Sequence[str], stratum: str | None = None) -> Stage | None:
+        return next(
+            (
+                stage
+                for stage in self.ledger.stages()
+                if stage.round == round and stage.kind in kinds and (stratum is None or stratum in stage.strata)
+            ),
+            None,
+        )
 
     def _last_round(self) -> int:
         return max((stage.round for stage in self.ledger.stages()), default=0)

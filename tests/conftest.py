@@ -232,7 +232,9 @@ def tiny_config(tiny_data: Path) -> Callable[..., dict[str, Any]]:
         "model": {"from_nothing": {**SHAPE, "format_steps": 4}},
         "data": {"sources": [{"kind": "jsonl", "path": str(tiny_data)}], "strata": ["task"], "prompt": PROMPT},
         "rollout": {"max_new_tokens": 8, "batch_size": 64},
-        "diagnosis": {"samples": 4},
+        # a model that saw four steps abstains most of the time, and it is verdicts that most tests are about
+        "diagnosis": {"samples": 4, "controls": []},
+        "guard": {"max_abstained": 1.0, "max_truncated": 1.0},
         "gate": {"min_items": 4, "replicates": 100},
         "sft": {"steps": 4, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 1},
         "rl": {

@@ -23,6 +23,7 @@ from medbridge.measurement import (
     summarise_sampling,
     tally_items,
 )
+from medbridge.measurement.validity import gather, invalid_strata
 from medbridge.model import Policy
 from medbridge.progress import Reporter
 from medbridge.rollout import GREEDY, Graded, Rollout, TransformersEngine
@@ -45,10 +46,13 @@ def begin(ledger: Ledger) -> Stage:
     return ledger.begin_stage(round=0, kind="diagnose", model="m", strata=[], plan={})
 
 
-def entry(item_id: str, sample: int, status: str, option: int | None = None, answer: str | None = None) -> Graded:
+def entry(
+    item_id: str, sample: int, status: str, option: int | None = None, answer: str | None = None,
+    order: tuple[int, ...] = (0, 1),
+) -> Graded:  # fmt: skip
     tokens = np.array([1, 2, 3], dtype=np.int32)
     reason = "length" if status == "abstain" else "stop"
-    rollout = Rollout(item_id, sample, (0, 1), "...", tokens, np.zeros(3, np.float32), reason, 9)  # type: ignore[arg-type]
+    rollout = Rollout(item_id, sample, order, "...", tokens, np.zeros(3, np.float32), reason, 9)  # type: ignore[arg-type]
     return Graded(rollout, Outcome(status, option, answer, None, False))  # type: ignore[arg-type]
 
 
@@ -135,14 +139,16 @@ class Case:
         """Of the samples of the i-th item, `correct(i)` are right; it counts as greedily right if most are."""
         for index, item in enumerate(items):
             right = correct(index)
-            rows = [entry(item.id, GREEDY, "correct" if 2 * right > samples else "wrong", 0, "x")]
-            rows += [entry(item.id, n, "correct" if n < right else "wrong", 0, "x") for n in range(samples)]
+            rows = [entry(item.id, GREEDY, "correct" if 2 * right > samples else "wrong", 0, "x", ())]
+            rows += [entry(item.id, n, "correct" if n < right else "wrong", 0, "x", ()) for n in range(samples)]
             self.ledger.save_rollouts(self.stage.stage_id, 0, rows)
 
-    def measure(self, strata: dict[str, list[Item]], *, widen: bool = True, **sections: Any) -> dict[str, Any]:
+    def measure(self, strata: dict[str, list[Item]], *, limit: int | None = None, **sections: Any) -> dict[str, Any]:
+        settings = self.settings(**sections)
         rows = run_measurement(
-            self.ledger, self.stage, self.engine, strata, self.settings(**sections), self.reporter, widen=widen
-        )
+            self.ledger, self.stage, self.engine, strata, settings, self.reporter,
+            limit=limit, sequential=settings.diagnosis.sequential, at_least=sections.get("at_least", ()),
+        )  # fmt: skip
         return {row.stratum: row for row in rows}
 
 
@@ -159,49 +165,121 @@ def case(
     return Case(ledger, engine, reporter, tiny_settings)
 
 
-def pool(stratum: str, count: int) -> list[Item]:
+def pool(stratum: str, count: int, per_image: int = 1) -> list[Item]:
     return [
-        dataclasses.replace(item, options=None, floor=0.0, images=(f"/{stratum}/{index}.png",))
+        dataclasses.replace(item, options=None, floor=0.0, images=(f"/{stratum}/{index // per_image}.png",))
         for index, item in enumerate(items_of(f"{stratum}{n}" for n in range(count)))
     ]
 
 
 LOOK: dict[str, Any] = {
-    "diagnosis": {"items_per_stratum": 8},
-    "gate": {"min_items": 4, "alpha": 0.06, "accuracy_target": 0.5},
+    "diagnosis": {"items_per_look": 8},
+    "gate": {"min_items": 4, "alpha": 0.06, "accuracy_target": 0.5, "error_control": "none"},
 }
 
 
-def test_a_decided_stratum_is_looked_at_once_and_an_undecided_one_doubles(case: Case) -> None:
-    weak, open_, strong = pool("weak", 40), pool("open", 40), pool("strong", 40)
+def test_a_settled_stratum_stops_and_an_open_one_goes_on_to_its_end(case: Case) -> None:
+    weak, open_, strong = pool("weak", 60), pool("open", 60), pool("strong", 60)
     case.store(weak, lambda i: 0)
     case.store(open_, lambda i: 4 * (i % 2))  # half of the items are within reach: just at the threshold of 0.5
     case.store(strong, lambda i: 4)
     rows = case.measure({"weak": weak, "open": open_, "strong": strong}, **LOOK)
     assert {name: row.kind for name, row in rows.items()} == {"weak": "bridge", "open": "undecided", "strong": "done"}
-    assert {name: row.support["items"] for name, row in rows.items()} == {"weak": 8, "open": 40, "strong": 8}
-    # 8, 16, and then all 40, since 8 more would be too few for another look: three looks share alpha
-    assert {row.support["confidence"] for row in rows.values()} == {1 - 2 * 0.06 / 3}
-    assert len(case.ledger.tallies(case.stage.stage_id)) == 8 + 40 + 8
+    items = {name: row.support["items"] for name, row in rows.items()}
+    # 0.97 ** n of e-values of 1 / 0.03: six items in a row are enough for support, and a few looks for everything
+    assert items == {"weak": 8, "open": 60, "strong": 8}
+    assert len(case.ledger.tallies(case.stage.stage_id)) == sum(items.values())
     assert case.engine.policy._cache_bytes == 0  # all outcomes were there: nothing was sampled
+    assert rows["weak"].verdict["evidence"]["e_below"] >= 1 / 0.03
+    assert rows["open"].verdict["more"]["bottleneck"] == "items"
+
+
+def test_a_finite_split_is_settled_when_all_of_it_was_measured(case: Case) -> None:
+    items = pool("near", 40)
+    case.store(items, lambda i: 4 * (i * 7 % 20 < 9))  # 0.45 of the items: too near to 0.5 to say of others like them
+    assert case.measure({"near": items}, **LOOK)["near"].kind == "undecided"
+    found = case.measure({"near": items}, **{**LOOK, "diagnosis": {"items_per_look": 8, "finite": True}})["near"]
+    assert found.kind == "bridge" and found.support["items"] <= 40
+
+
+def test_one_look_measures_everything(case: Case) -> None:
+    weak = pool("weak", 40)
+    case.store(weak, lambda i: 0)
+    sections = {**LOOK, "diagnosis": {"sequential": False}}
+    assert case.measure({"weak": weak}, **sections)["weak"].support["items"] == 40
+    assert case.measure({"weak": weak}, limit=12, **sections)["weak"].support["items"] == 12
+
+
+def test_clusters_are_taken_whole_and_asked_items_in_any_case(case: Case, tiny_settings: Any) -> None:
+    weak = pool("weak", 45, per_image=3)
+    case.store(weak, lambda i: 0)
+    rows = case.measure({"weak": weak}, **LOOK)
+    assert rows["weak"].support["items"] % 3 == 0 and rows["weak"].support["items"] < 45
+    again = run_measurement(
+        case.ledger, case.stage, case.engine, {"weak": weak}, tiny_settings(**LOOK), case.reporter,
+        sequential=True, at_least={weak[-4].id},
+    )  # fmt: skip
+    assert again[0].support["items"] == 42  # the cluster of that item, and all before it
 
 
 def test_a_stratum_with_few_items_ends_undecided(case: Case) -> None:
     few = pool("few", 3)
     case.store(few, lambda i: 4)
-    rows = case.measure({"few": few}, **LOOK)
-    assert rows["few"].kind == "undecided"
-    assert rows["few"].support["confidence"] == 1 - 2 * 0.06  # one look only: alpha is not shared
+    assert case.measure({"few": few}, **LOOK)["few"].kind == "undecided"
 
 
-def test_the_limit_of_items_holds_and_test_splits_are_measured_whole(case: Case) -> None:
-    items = pool("open", 40)
-    case.store(items, lambda i: 4 * (i % 2))
-    limited = {**LOOK, "diagnosis": {"items_per_stratum": 8, "max_items_per_stratum": 12}}
-    assert case.measure({"open": items}, **limited)["open"].support["items"] == 12
-    whole = case.measure({"open": items}, widen=False, **limited)["open"]
-    assert whole.support["items"] == 40
-    assert whole.support["confidence"] == 1 - 2 * 0.06
+def test_a_measurement_that_cannot_be_trusted_gives_no_verdict(case: Case) -> None:
+    weak = pool("weak", 20)
+    case.store(weak, lambda i: 0)
+    for item in weak:
+        case.ledger._db.execute(
+            "UPDATE outcomes SET status = 'abstain' WHERE rollout_id IN "
+            "(SELECT rollout_id FROM rollouts WHERE item_id = ?)", (item.id,),
+        )  # fmt: skip
+    row = case.measure({"weak": weak}, **LOOK, guard={"max_abstained": 0.5})["weak"]
+    assert row.kind == "undecided"
+    assert "can't be trusted" in row.reason and "100% of the samples give no readable answer" in row.reason
+
+
+def test_the_facts_that_the_guard_checks_are_counted_from_the_ledger(
+    case: Case, tiny_items: list[Item], tiny_settings: Any
+) -> None:
+    strata = by_stratum([item for item in tiny_items if item.split == "validation"], ["task"], seed=0)
+    settings = tiny_settings()
+    case.measure(strata)
+    facts = gather(case.ledger, case.stage, strata["shade"], settings)
+    assert (facts.items, facts.samples, facts.miscounted, facts.misordered) == (6, 4, 0, 0)
+    assert facts.images_asked == facts.images_fed == 6 * 4
+    assert 0 < facts.longest <= facts.max_new_tokens == 8
+    assert facts.repeats.items == facts.repeats.known == 6 and facts.repeats.samples == 24
+    case.ledger._db.execute("UPDATE rollouts SET images = 0 WHERE sample = 1")
+    case.ledger._db.execute("UPDATE rollouts SET permutation = '[2,1,0]' WHERE sample = 2")
+    case.ledger._db.execute(
+        "DELETE FROM outcomes WHERE rollout_id IN (SELECT rollout_id FROM rollouts WHERE sample = 3)"
+    )
+    case.ledger._db.execute("DELETE FROM rollouts WHERE sample = 3")
+    broken = gather(case.ledger, case.stage, strata["shade"], settings)
+    assert broken.miscounted == 6 and broken.images_fed == broken.images_asked - 6 and broken.misordered > 0
+    reasons = invalid_strata(case.ledger, case.stage, strata, settings)["shade"]
+    assert "complete the sampling" in reasons and "images" in reasons and "another order" in reasons
+
+
+def test_a_sampler_that_repeats_itself_is_found(
+    case: Case, formed: Path, images: ImageCache, train_items: list[Item]
+) -> None:
+    """A model that guesses is sampled honestly, and then with every sample a copy of the first."""
+    items = [item for item in train_items if item.tags["task"] == "shade"]
+    settings = case.settings(diagnosis={"samples": 12})
+    policy = Policy.load(str(formed), settings.model)
+    case.engine = TransformersEngine(policy, settings.data.prompt, images, batch_size=256)
+    run_measurement(case.ledger, case.stage, case.engine, {"shade": items}, settings, case.reporter)
+    assert invalid_strata(case.ledger, case.stage, {"shade": items}, settings) == {}
+    case.ledger._db.execute(
+        "UPDATE rollouts SET (text, token_ids, logprobs) = (SELECT text, token_ids, logprobs FROM rollouts AS first "
+        "WHERE first.item_id = rollouts.item_id AND first.sample = 0) WHERE sample > 0"
+    )
+    reasons = invalid_strata(case.ledger, case.stage, {"shade": items}, settings)
+    assert "identical samples" in reasons["shade"]
 
 
 def test_sampling_goes_on_where_it_was_cut_off(

@@ -16,14 +16,16 @@ import yaml
 from rich.console import Console
 
 from medbridge.config import RunSettings, load_config
-from medbridge.data import grade
+from medbridge.data import Item, grade, permutation
 from medbridge.errors import MedbridgeError
-from medbridge.ledger import Ledger
+from medbridge.ledger import Ledger, Stage
+from medbridge.measurement import measurement_request
 from medbridge.model import Policy
 from medbridge.pipeline import Run
 from medbridge.progress import Reporter
 from medbridge.rollout import GREEDY, Graded, Rollout
 from medbridge.run_folder import environment
+from medbridge.support.routing import route
 
 TABLES = ("items", "stages", "rollouts", "outcomes", "tallies", "verdicts", "batches", "metrics")
 
@@ -436,6 +438,155 @@ def test_traces_are_imitated_where_they_are_wanted(open_run: Callable[..., Run],
 def test_traces_are_asked_for_and_there_are_none(open_run: Callable[..., Run]) -> None:
     with pytest.raises(MedbridgeError, match=r"sft\.source is traces, and no training item has one"):
         open_run(sft={"source": "traces"}).train_once("bridge", ["side"])
+
+
+# -- checks, changes and routes ------------------------------------------------------------------------------------
+
+
+def pretend(run: Run, round: int, model: str, right: Callable[[Item, int], bool]) -> Stage:
+    """A diagnosis whose completions are stored beforehand: sample `number` of an item says the right option or not."""
+    stage = run._begin(round, "diagnose", model, ())
+    for item in run.items.split("validation"):
+        request = measurement_request(item, run.settings.diagnosis.samples, run.settings.seed)
+        rows = []
+        for number, order in zip(request.samples, request.permutations, strict=True):
+            others = [option for option in item.options or () if option != item.answer]
+            text = f"<answer>{item.answer if right(item, number) else others[0]}</answer>"
+            ids, logprobs = np.zeros(1, np.int32), np.zeros(1, np.float32)
+            rollout = Rollout(item.id, number, order, text, ids, logprobs, "stop", 1, 1)
+            rows.append(Graded(rollout, grade(item, order, text, run.settings.data.prompt)))
+        run.ledger.save_rollouts(stage.stage_id, 0, rows)
+    return stage
+
+
+def test_sharpening_that_costs_support_is_taken_back(open_run: Callable[..., Run], formed: Path) -> None:
+    # six items can only show support above 0
+    settings: dict[str, Any] = {
+        "model": {"path": str(formed)},
+        "budget": {"stages": 4},
+        "gate": {"support_threshold": 0, "alpha": 0.1},
+    }
+    run = open_run(**settings)
+    base = run.base_model()
+    pretend(run, 0, base, lambda item, number: number != GREEDY)
+    assert {row.kind for row in run.diagnose(0, base).values()} == {"sharpen"}
+    sharpened = run.train_once("sharpen", ["side"])
+    assert run.current_model() == sharpened
+    pretend(run, 1, sharpened, lambda item, number: item.tags["task"] == "side")
+    run.diagnose(1, sharpened)
+    after = run.ledger.stages()[-1]
+    # not the stratum that was trained: every stage moves the whole model
+    assert list(after.summary["lost"]) == ["shade"]
+    change = after.summary["changes"]["shade"]
+    assert change["support"]["value"] == pytest.approx(-1.5) and change["support"]["high"] < 0
+    assert change["items"] == 6
+    assert len(change["lost"]) == 6 and after.summary["changes"]["side"]["acc_at_1"]["value"] == 1.0
+    assert after.summary["forecasts"]["side"]["acc_at_1"]["value"] == 1.0
+    model, verdicts = run.assess(1, sharpened)
+    assert model == run.current_model() == base
+    assert {row.kind for row in verdicts.values()} == {"sharpen"}
+    plan = run._plan(1, verdicts)
+    assert (plan.kind, plan.strata) == ("sharpen", ("shade",))  # what it cost so much is not tried again
+    with run.reporter.console.capture() as said:
+        again = open_run(**settings)
+        assert again.current_model() == base
+    assert said.get() == ""
+
+
+def test_bridging_is_compared_too_but_never_taken_back(open_run: Callable[..., Run], formed: Path) -> None:
+    run = open_run(model={"path": str(formed)})
+    base = run.base_model()
+    pretend(run, 0, base, lambda item, number: True)
+    run.diagnose(0, base)
+    bridged = run.train_once("bridge", ["side"])
+    pretend(run, 1, bridged, lambda item, number: False)
+    run.diagnose(1, bridged)
+    after = run.ledger.stages()[-1]
+    assert set(after.summary["changes"]) == {"shade", "side"} and "lost" not in after.summary
+    assert run.current_model() == bridged
+
+
+def test_after_sharpening_the_same_questions_are_asked_again(open_run: Callable[..., Run], formed: Path) -> None:
+    run = open_run(model={"path": str(formed)}, diagnosis={"items_per_look": 2}, gate={"error_control": "none"})
+    base = run.base_model()
+    pretend(run, 0, base, lambda item, number: number == 0 and item.id.endswith("1"))
+    run.diagnose(0, base)
+    asked = {tally.item_id for tally in run.ledger.tallies(1)}
+    sharpened = run.train_once("sharpen", ["side"])
+    pretend(run, 1, sharpened, lambda item, number: False)
+    run.diagnose(1, sharpened)
+    assert {tally.item_id for tally in run.ledger.tallies(run.ledger.stages()[-1].stage_id)} >= asked
+
+
+def test_controls_ask_the_same_questions_of_other_images(
+    open_run: Callable[..., Run], formed: Path, tiny_items: list[Item]
+) -> None:
+    run = open_run(
+        model={"path": str(formed)}, diagnosis={"controls": ["blank", "shuffled"], "control_items": 4},
+        budget={"stages": 0},
+    )  # fmt: skip
+    verdicts = run.execute()
+    assert kinds(run) == ["diagnose", "control", "control", "evaluate"]
+    assert [stage.strata for stage in run.ledger.stages()[1:3]] == [("blank",), ("shuffled",)]
+    for stage in run.ledger.stages()[1:3]:
+        assert stage.status == "done" and stage.summary["items"] == 8
+        rows = run.ledger.rollouts(stage.stage_id)
+        assert {row.rollout.images for row in rows} == {1}
+        # the option orders are those of the real images, so that the two can be compared sample by sample
+        orders = {(row.rollout.item_id, row.rollout.sample): row.rollout.permutation for row in rows}
+        real = {(r.rollout.item_id, r.rollout.sample): r.rollout.permutation for r in run.ledger.rollouts(1)}
+        assert orders.items() <= real.items()
+    for row in verdicts.values():
+        checks = row.verdict["checks"]
+        assert list(checks) == ["strict", "lenient", "blank", "shuffled"]
+        assert checks["strict"]["items"] == 6 and checks["blank"]["items"] == checks["blank"]["visual"]["items"] == 4
+    grey = list((run.folder / "controls").glob("*.png"))
+    assert [path.name for path in grey] == ["blank-28x28.png"]
+    before = counts(run.ledger)
+    again = open_run(
+        model={"path": str(formed)}, diagnosis={"controls": ["blank", "shuffled"], "control_items": 4},
+        budget={"stages": 0},
+    )  # fmt: skip
+    assert again.execute() == verdicts and counts(again.ledger) == before
+
+
+def test_training_items_are_routed_by_what_the_model_makes_of_them(open_run: Callable[..., Run], formed: Path) -> None:
+    run = open_run(model={"path": str(formed)}, routing={"samples": 6})
+    run.train_once("bridge", ["shade", "side"])
+    routed, bridged = run.ledger.stages()
+    assert (routed.kind, routed.strata, bridged.kind) == ("route", ("bridge",), "bridge")
+    tallies = run.ledger.tallies(routed.stage_id)
+    assert {tally.n for tally in tallies} == {6} and all(
+        tally.item_id.startswith("squares/train/") for tally in tallies
+    )
+    routes = route(tallies, run.settings.routing, seed=run.settings.seed)
+    assert routed.summary["routes"] == {
+        "bridge": len(routes.bridge), "sharpen": len(routes.sharpen), "anchor": len(routes.anchor),
+        "left_out": len(routes.left_out),
+    }  # fmt: skip
+    assert 0 < len(routes.bridge) < 12
+    assert bridged.summary["items"] == len(routes.bridge) + len(routes.anchor)
+    trained = {name for step in run.ledger.trained_items(bridged.stage_id) for name in step}
+    assert trained <= {*routes.bridge, *routes.anchor}
+
+
+def test_a_route_with_nothing_to_teach_uses_all_items_and_says_so(
+    open_run: Callable[..., Run], formed: Path, tmp_path: Path
+) -> None:
+    run = open_run(model={"path": str(formed)}, routing={"samples": 2})
+    items = [item for item in run.items.split("train") if item.tags["task"] == "side"]
+    stage = run._begin(0, "route", run.base_model(), ("sharpen",))
+    for item in items:  # never right: nothing to sharpen
+        rows = []
+        for number in range(2):
+            order = permutation(item, run.settings.seed, number)
+            rollout = Rollout(item.id, number, order, "?", np.zeros(1, np.int32), np.zeros(1, np.float32), "stop", 1, 1)
+            rows.append(Graded(rollout, grade(item, order, "?", run.settings.data.prompt)))
+        run.ledger.save_rollouts(stage.stage_id, 0, rows)
+    run.train_once("sharpen", ["side"])
+    assert run.ledger.stages()[-1].summary["items"] == 6
+    run.reporter.console.file.flush()
+    assert "routing: none of 6 training items is one to sharpen" in (tmp_path / "log").read_text()
 
 
 # -- data that doesn't fit -----------------------------------------------------------------------------------------

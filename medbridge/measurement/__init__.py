@@ -6,12 +6,16 @@ Statistics are in `support`, sampling in `rollout`; this package joins them thro
 from __future__ import annotations
 
 from medbridge.measurement.baseline import frequent_answer_baseline
+from medbridge.measurement.changes import compare_stages
+from medbridge.measurement.checks import control_items, measured_items, read_otherwise, run_control
 from medbridge.measurement.counting import tally_items
 from medbridge.measurement.order import by_stratum, cluster_of
-from medbridge.measurement.sampling import measurement_request, summarise_sampling
-from medbridge.measurement_old import run_measurement
+from medbridge.measurement.outlook import came_out
+from medbridge.measurement.plan import run_measurement
+from medbridge.measurement.sampling import Sampler, measurement_request, summarise_sampling
 
 __all__ = [
-    "by_stratum", "cluster_of", "frequent_answer_baseline", "measurement_request", "run_measurement",
-    "summarise_sampling", "tally_items",
+    "Sampler", "by_stratum", "came_out", "cluster_of", "compare_stages", "control_items", "frequent_answer_baseline",
+    "measured_items", "measurement_request", "read_otherwise", "run_control", "run_measurement", "summarise_sampling",
+    "tally_items",
 ]  # fmt: skip

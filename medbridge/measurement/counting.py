@@ -16,10 +16,12 @@ Outcomes = Mapping[str, Mapping[int, Outcome]]
 """Item id -> sample -> what was read from that completion."""
 
 
-def stored_outcomes(ledger: Ledger, stage_id: int) -> dict[str, dict[int, Outcome]]:
-    """The outcomes of a stage by item and sample."""
+def stored_outcomes(
+    ledger: Ledger, stage_id: int, item_ids: Sequence[str] | None = None
+) -> dict[str, dict[int, Outcome]]:
+    """The outcomes of a stage, or of some of its items, by item and sample."""
     found: dict[str, dict[int, Outcome]] = defaultdict(dict)
-    for item_id, sample, outcome in ledger.outcomes(stage_id):
+    for item_id, sample, outcome in ledger.outcomes(stage_id, item_ids):
         found[item_id][sample] = outcome
     return found
 

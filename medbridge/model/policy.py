@@ -91,6 +91,12 @@ class EncodedPrompt:
     vision: Mapping[str, Tensor]
     text: str
 
+    @property
+    def images(self) -> int:
+        """How many images the model is given."""
+        grids = self.vision.get("image_grid_thw", self.vision.get("pixel_values"))  # Gemma 3: one row an image
+        return 0 if grids is None else len(grids)
+
 
 @dataclass(slots=True, eq=False)
 class _Head:

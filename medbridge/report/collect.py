@@ -17,12 +17,14 @@ from typing import Any
 from medbridge.data.items import SPLITS
 from medbridge.errors import MedbridgeError
 from medbridge.ledger import Ledger, Stage, VerdictRow
+from medbridge.report.checks import changes, checks, losses, more, outlook
+from medbridge.report.records import curve, dig, estimate, mapping, number, numbers, text, whole
 from medbridge.report.samples import choose_samples
 from medbridge.report.view import (
     MEASURING,
+    TRAINING,
     Comparison,
     Contrast,
-    Curve,
     Estimate,
     Measurement,
     RunView,
@@ -41,7 +43,11 @@ _NAMES = {
     "bridge": "Bridge",
     "sharpen": "Sharpen",
     "evaluate": "Test",
+    "control": "Control",
+    "route": "Routing",
 }
+
+_CONTROLS = {"blank": "grey images", "shuffled": "exchanged images"}
 
 _QUIET_SECONDS = 900
 """A stage that has begun counts as stopped once nothing was written for this long."""
@@ -77,7 +83,8 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
     stages = ledger.stages()
     items = ledger.items()
     verdicts = {stage.stage_id: ledger.verdicts(stage.stage_id) for stage in stages}
-    finished = [stage for stage in stages if stage.kind in MEASURING and stage.status == "done"]
+    # Samples are shown of the last model that stands.
+    finished = [s for s in stages if s.kind in MEASURING and s.status == "done" and not losses(mapping(s.summary))]
     measured = {
         stage.stage_id: ledger.tallies(stage.stage_id)
         for stage in finished
@@ -93,10 +100,10 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
     samples_from = None
     if samples:
         samples_from = choose_samples(ledger, views, measured, items, strata)
-    trained = [view for view in views if view.trains and view.done and view.result_model]
+    trained = [view for view in views if view.trains and view.done and view.result_model and not view.undone]
     base_model = ledger.meta("base_model") or (stages[0].model if stages else "")
     datasets = sorted({record["dataset"] for record in items.values()})
-    sources = _dig(settings, "data", "sources")
+    sources = dig(settings, "data", "sources")
     kinds = [str(source.get("kind")) for source in sources or [] if isinstance(source, dict)]
     state, note = _state(ledger, views, now - written)
     return RunView(
@@ -113,17 +120,17 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
         begun=stages[0].started if stages else None,
         ended=max((s.finished for s in stages if s.finished is not None), default=None),
         generated=now,
-        seconds=sum(view.seconds or 0.0 for view in views),
+        seconds=sum(view.seconds or 0.0 for view in views if view.kind != "control"),  # within their diagnoses
         rollouts=ledger.count("rollouts"),
         stages=views,
         strata=strata,
         comparisons=comparisons,
-        test_split=str(_dig(settings, "diagnosis", "test_split") or "test"),
-        diagnosis_split=str(_dig(settings, "diagnosis", "split") or "validation"),
+        test_split=str(dig(settings, "diagnosis", "test_split") or "test"),
+        diagnosis_split=str(dig(settings, "diagnosis", "split") or "validation"),
         confidence=latest[-1].confidence if latest else 1 - 2 * GateSettings().alpha,
         threshold=next((m.threshold for m in latest if m.threshold is not None), None),
         accuracy_target=next((m.accuracy_target for m in latest if m.accuracy_target is not None), None),
-        letters=(_dig(settings, "data", "prompt", "answer_style") or "letter") == "letter",
+        letters=(dig(settings, "data", "prompt", "answer_style") or "letter") == "letter",
         samples_from=samples_from,
         config=config,
         environment=dict(_flat(ledger.meta("environment"))),
@@ -151,7 +158,8 @@ def _state(ledger: Ledger, views: Sequence[StageView], quiet: float) -> tuple[st
         return "finished", str(reason or "")
     if not views:
         return "empty", "Nothing is measured yet."
-    last = views[-1]
+    # Controls begin and end within a diagnosis.
+    last = next((v for v in reversed(views) if not v.done), None) or [v for v in views if v.kind != "control"][-1]
     note = f"{last.title} {'is done, and the next stage has not begun' if last.done else 'has begun'}"
     if not last.done and last.trains:
         total = f" of {last.planned_steps:,}" if last.planned_steps else ""
@@ -174,32 +182,28 @@ def _stage_views(
     verdicts: Mapping[int, Mapping[str, VerdictRow]],
     settings: Mapping[str, Any],
 ) -> list[StageView]:
-    totals = Counter(stage.kind for stage in stages)
-    numbers: Counter[str] = Counter()
+    titles = _titles(stages)
+    undone = _undone(stages)
     views = []
     for stage in stages:
-        numbers[stage.kind] += 1
-        title = _NAMES.get(stage.kind, stage.kind.capitalize())
-        if totals[stage.kind] > 1:
-            title += f" {numbers[stage.kind]}"
-        summary = stage.summary
-        trains = stage.kind not in MEASURING
+        summary = mapping(stage.summary)
+        trains = stage.kind in TRAINING
         metrics = ledger.metrics(stage.stage_id) if trains else {}
         loss = _ends(metrics.get("loss", []))
-        first, last = _number(summary.get("first_loss")), _number(summary.get("last_loss"))
+        first, last = number(summary.get("first_loss")), number(summary.get("last_loss"))
         seen = {item_id for step in ledger.trained_items(stage.stage_id) for item_id in step}
         by_stratum = Counter(items[i]["stratum"] if i in items else "" for i in seen)
         own = {name: count for name, count in by_stratum.items() if name in stage.strata}
         # A format stage shows every training item, and the ledger keeps only those that are used later.
         replayed = 0 if stage.kind == "format" else len(seen) - sum(own.values())
-        rollouts = _number(summary.get("rollouts"))
+        rollouts = number(summary.get("rollouts"))
         if rollouts is None:
             rollouts = 0 if trains else sum(ledger.sampled(stage.stage_id).values())
         views.append(
             StageView(
                 stage_id=stage.stage_id,
                 kind=stage.kind,
-                title=title,
+                title=titles[stage.stage_id],
                 done=stage.status == "done",
                 model=short(stage.model),
                 result_model=None if stage.result_model is None else short(stage.result_model),
@@ -208,24 +212,57 @@ def _stage_views(
                 seconds=_seconds(stage),
                 steps=max((len(points) for points in metrics.values()), default=0),
                 planned_steps=_planned_steps(stage, settings),
-                items=len(seen) - replayed if trains else int(_number(summary.get("items")) or 0),
+                items=len(seen) - replayed if trains else whole(summary.get("items")) or 0,
                 items_by_stratum=sorted(own.items()),
                 replayed=replayed,
                 source=None if summary.get("source") is None else str(summary["source"]),
                 loss=loss if loss is not None or first is None or last is None else (first, last),
                 reward=_ends(metrics.get("reward", [])),
                 rollouts=int(rollouts),
-                tokens=None if (tokens := _number(summary.get("tokens"))) is None else int(tokens),
-                truncated_rate=_number(summary.get("truncated_rate")),
+                tokens=whole(summary.get("tokens")),
+                truncated_rate=number(summary.get("truncated_rate")),
                 verdicts={name: row.kind for name, row in verdicts[stage.stage_id].items()},
                 metrics=metrics,
+                changes=changes(summary),
+                since=titles.get(whole(summary.get("since")) or 0),
+                lost=losses(summary),
+                undone=stage.stage_id in undone,
             )
         )
     return views
 
 
+def _titles(stages: Sequence[Stage]) -> dict[int, str]:
+    """What each stage is called: its kind, counted where there are several, and what a control or routing is for."""
+    kinds = {stage.stage_id: (stage.kind, _purpose(stage)) for stage in stages}
+    totals, so_far = Counter(kinds.values()), Counter[tuple[str, str]]()
+    titles = {}
+    for stage_id, (kind, purpose) in kinds.items():
+        so_far[kind, purpose] += 1
+        count = f" {so_far[kind, purpose]}" if totals[kind, purpose] > 1 else ""
+        titles[stage_id] = _NAMES.get(kind, kind.capitalize()) + count + (f" ({purpose})" if purpose else "")
+    return titles
+
+
+def _purpose(stage: Stage) -> str:
+    if stage.kind not in ("control", "route"):
+        return ""
+    return ", ".join(_CONTROLS.get(name, short(name, 40)) for name in stage.strata)
+
+
+def _undone(stages: Sequence[Stage]) -> set[int]:
+    """The training stages that the diagnosis after them took back."""
+    trained, found = None, set()
+    for stage in stages:
+        if stage.kind in ("bridge", "sharpen"):
+            trained = stage.stage_id
+        elif stage.kind == "diagnose" and trained is not None and losses(mapping(stage.summary)):
+            found.add(trained)
+    return found
+
+
 def _seconds(stage: Stage) -> float | None:
-    stated = _number(stage.summary.get("seconds"))
+    stated = number(mapping(stage.summary).get("seconds"))
     if stated is None and stage.finished is not None:
         return max(0.0, stage.finished - stage.started)
     return stated
@@ -233,11 +270,11 @@ def _seconds(stage: Stage) -> float | None:
 
 def _planned_steps(stage: Stage, settings: Mapping[str, Any]) -> int | None:
     if stage.kind == "format":
-        steps = _number(_dig(settings, "model", "from_nothing", "format_steps"))
+        steps = number(dig(settings, "model", "from_nothing", "format_steps"))
     else:
         section = {"bridge": "sft", "sharpen": "rl"}.get(stage.kind, "")
-        steps = _number(_dig(stage.plan, section, "steps")) or _number(stage.plan.get("steps"))
-    return None if steps is None else int(steps)
+        steps = number(dig(stage.plan, section, "steps")) or number(stage.plan.get("steps"))
+    return whole(steps)
 
 
 def _ends(points: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
@@ -261,7 +298,7 @@ def _strata(
 ) -> list[StratumView]:
     names = {record["stratum"] for record in items.values()}
     names |= {name for rows in verdicts.values() for name in rows}
-    names |= {name for stage in stages for name in stage.strata if stage.kind != "format"}
+    names |= {name for stage in stages for name in stage.strata if stage.kind in ("bridge", "sharpen")}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     option_counts: dict[str, set[int]] = defaultdict(set)
     for record in items.values():
@@ -275,7 +312,8 @@ def _strata(
         final = outcome.get(name)
         stratum = StratumView(
             name=name,
-            path=[view.kind for view in trained if name in view.strata],
+            path=[view.kind for view in trained if name in view.strata and not view.undone],
+            undone=[view.kind for view in trained if name in view.strata and view.undone],
             outcome=str(final["kind"]) if isinstance(final, dict) and final.get("kind") else None,
             counts=dict(counts[name]),
             option_counts=sorted(option_counts[name]),
@@ -286,8 +324,8 @@ def _strata(
             if view.kind in ("bridge", "sharpen"):
                 since.append(view)
             elif view.kind == "diagnose" and row is not None:
-                label = _label(since, name, bool(stratum.measured))
-                stratum.measured.append(_measurement(view.stage_id, label, row))
+                label = _label(since, name, bool(stratum.measured)) + (", taken back" if view.lost else "")
+                stratum.measured.append(_measurement(view.stage_id, label, row, taken_back=bool(view.lost)))
                 since = []
             elif view.kind == "evaluate" and row is not None:
                 label = "Final" if stratum.held_out else "Base"
@@ -305,38 +343,54 @@ def _label(since: Sequence[StageView], stratum: str, measured_before: bool) -> s
     return f"After {titles}" + ("" if took_part else " of others")
 
 
-def _measurement(stage_id: int, label: str, row: VerdictRow) -> Measurement:
-    support, evidence = row.support, row.verdict.get("evidence")
-    evidence = evidence if isinstance(evidence, dict) else {}
-    ks = [int(k) for k in support.get("ks") or []]
-    k = _number(support.get("k"))
+def _measurement(stage_id: int, label: str, row: VerdictRow, *, taken_back: bool = False) -> Measurement:
+    support, verdict = mapping(row.support), mapping(row.verdict)
+    evidence = mapping(verdict.get("evidence"))
+    ks = _ks(support.get("ks"))
     return Measurement(
         stage_id=stage_id,
         label=label,
         kind=row.kind,
         reason=row.reason,
-        items=int(_number(support.get("items")) or 0),
-        n_min=int(_number(support.get("n_min")) or 0),
-        n_max=int(_number(support.get("n_max")) or 0),
+        items=whole(support.get("items")) or 0,
+        n_min=whole(support.get("n_min")) or 0,
+        n_max=whole(support.get("n_max")) or 0,
         ks=ks,
-        pass_at_k=_curve(support.get("pass_at_k"), len(ks)),
-        floor=_numbers(support.get("floor"), len(ks)),
-        k=None if k is None else int(k),
+        pass_at_k=curve(support.get("pass_at_k"), len(ks)),
+        floor=numbers(support.get("floor"), len(ks)),
+        k=whole(support.get("k")),
         k_note=str(support.get("k_note") or ""),
-        support=_estimate(support.get("support")),
-        acc_at_1=_estimate(support.get("acc_at_1")),
-        greedy_items=int(_number(support.get("greedy_items")) or 0),
-        abstain_rate=_number(support.get("abstain_rate")),
-        confidence=_number(support.get("confidence")) or 1 - 2 * GateSettings().alpha,
-        threshold=_number(evidence.get("threshold")),
-        accuracy_target=_number(evidence.get("accuracy_target")),
+        support=estimate(support.get("support")),
+        acc_at_1=estimate(support.get("acc_at_1")),
+        greedy_items=whole(support.get("greedy_items")) or 0,
+        abstain_rate=number(support.get("abstain_rate")),
+        confidence=number(support.get("confidence")) or 1 - 2 * GateSettings().alpha,
+        threshold=number(evidence.get("threshold")),
+        accuracy_target=number(evidence.get("accuracy_target")),
+        statistic=text(support.get("statistic")) or "pass",
+        reached=curve(support.get("reached"), len(ks)),
+        more=more(verdict),
+        pooled=verdict.get("pooled") is True,
+        checks=checks(verdict, row.kind, support),
+        outlook=outlook(support),
+        taken_back=taken_back,
     )
+
+
+def _ks(values: Any) -> list[int]:
+    """The k of a measurement's curves; none where they can't be that."""
+    ks = [whole(value) for value in values] if isinstance(values, list) else []
+    found = [k for k in ks if k is not None and k >= 1]
+    return found if len(found) == len(ks) else []
 
 
 def _story(stratum: StratumView, comparisons: Sequence[Comparison]) -> str:
     """What happened to a stratum, in words: the header's one line."""
     base, latest = stratum.base, stratum.latest
     did = ", then ".join(_times(kind, len(list(run))) for kind, run in groupby(stratum.path)) or "not trained"
+    if stratum.undone:
+        did += "; " if stratum.path else ", "
+        did += f"{_times(stratum.undone[0], len(stratum.undone))} and taken back"
     if latest is None or base is None:
         return f"{did}; not measured"
     held_out = next((row for row in comparisons if row.stratum == stratum.name), None)
@@ -367,7 +421,7 @@ def _comparisons(
     """Base against final model on the test split, per stratum, and over all where there are several."""
     if not tests:
         return []
-    summaries = {stage.stage_id: stage.summary for stage in stages}
+    summaries = {stage.stage_id: mapping(stage.summary) for stage in stages}
     baselines = next(
         (b for test in reversed(tests) if isinstance(b := summaries[test.stage_id].get("baseline"), dict)), {}
     )
@@ -383,7 +437,7 @@ def _comparisons(
             _comparison(
                 stratum.name,
                 some.greedy_items or some.items,
-                _estimate(baselines.get(stratum.name)),
+                estimate(baselines.get(stratum.name)),
                 base.acc_at_1 if base else None,
                 final.acc_at_1 if final else None,
                 some.chance,
@@ -461,36 +515,6 @@ def _overall(tallies: Sequence[Tally], confidence: float) -> Estimate | None:
 
 def _split_order(name: str) -> tuple[int, str]:
     return (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _numbers(values: Any, size: int) -> list[float | None]:
-    numbers = [_number(value) for value in values] if isinstance(values, list) else []
-    return (numbers + [None] * size)[:size]
-
-
-def _curve(record: Any, size: int) -> Curve:
-    record = record if isinstance(record, dict) else {}
-    return Curve(*(_numbers(record.get(name), size) for name in ("value", "low", "high")))
-
-
-def _estimate(record: Any) -> Estimate | None:
-    """From the gate's {"value", "low", "high"} or a baseline's {"accuracy", "low", "high"}."""
-    if not isinstance(record, dict):
-        return None
-    value = _number(record.get("value", record.get("accuracy")))
-    return None if value is None else Estimate(value, _number(record.get("low")), _number(record.get("high")))
-
-
-def _dig(record: Any, *keys: str) -> Any:
-    for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
 
 
 def _flat(record: Any, prefix: str = "") -> Iterable[tuple[str, str]]:

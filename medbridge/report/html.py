@@ -301,7 +301,7 @@ class _Page:
         return ", ".join(f"{kinds.count(kind)} {kind}" for kind in order if kind in kinds)
 
     def timeline(self) -> list[StageView]:
-        return [stage for stage in self._view.stages if stage.kind != "evaluate"]
+        return [stage for stage in self._view.stages if stage.kind not in ("evaluate", "control", "route")]
 
     def training(self) -> list[StageView]:
         return [stage for stage in self._view.stages if stage.trains]

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MEASURING = ("diagnose", "evaluate")
-"""Kinds of stage that measure; all others train."""
+"""Kinds of stage that give verdicts."""
+
+TRAINING = ("format", "bridge", "sharpen")
+"""Kinds of stage that train."""
 
 _LONGEST_NAME = 160
 """Characters of a stratum's name, a model's or a data set's that are shown."""
@@ -28,6 +31,72 @@ class Curve:
     value: list[float | None]
     low: list[float | None]
     high: list[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckView:
+    """The same questions judged otherwise: another reading of the answers ("strict", "lenient"), or other images
+    ("blank", "shuffled").
+
+    `same`: not one number differs from what was measured. `changed`: so does the verdict. `visual` is the support of
+    the real images less that of these; None for a reading.
+    """
+
+    name: str
+    kind: str | None
+    items: int
+    support: Estimate | None
+    acc_at_1: Estimate | None
+    visual: Estimate | None
+    same: bool
+    changed: bool
+
+    @property
+    def reads(self) -> bool:
+        """Whether it is another reading of the same completions, not another measurement."""
+        return self.name in ("strict", "lenient")
+
+
+@dataclass(frozen=True, slots=True)
+class More:
+    """What would decide an undecided stratum: further items, or further samples of each; None where it isn't known."""
+
+    items: int | None
+    samples: int | None
+    capped: bool
+    bottleneck: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a measurement lets one expect: `predicted` Pass@k beyond the samples, as far as `reliable_k`, and the
+    `forecast` of Acc@1 after sharpening.
+    """
+
+    cover: Estimate | None
+    efficiency: float | None
+    gap: Estimate | None
+    k90: int | None
+    reliable_k: int
+    predicted: list[tuple[int, float]]
+    forecast: Estimate | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeView:
+    """One stratum's change from one diagnosis to the next, on the same items. `alarm`: its support surely fell."""
+
+    stratum: str
+    items: int
+    support: Estimate | None
+    pass_at_k: Estimate | None
+    k: int | None
+    acc_at_1: Estimate | None
+    gained: int
+    lost: int
+    alarm: bool
+    forecast: Estimate | None
+    came_out: Estimate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +122,13 @@ class Measurement:
     confidence: float
     threshold: float | None
     accuracy_target: float | None
+    statistic: str
+    reached: Curve
+    more: More | None
+    pooled: bool
+    checks: list[CheckView]
+    outlook: Outlook | None
+    taken_back: bool
 
     @property
     def raw_pass(self) -> float | None:
@@ -66,8 +142,27 @@ class Measurement:
 
     @property
     def chance(self) -> float | None:
-        """Acc@1 of guessing."""
+        """Acc@1 of guessing, and the share of the questions that it reaches."""
         return self.floor[0] if self.floor else None
+
+    @property
+    def reached_share(self) -> Curve | None:
+        """Share of the questions reached at each k, by the statistic "reached"; None where the gate reads another."""
+        chance = self.chance
+        if self.statistic != "reached" or chance is None:
+            return None
+        # The stored curve is (S - f) / (1 - f).
+        value, low, high = (
+            [None if above is None else chance + (1 - chance) * above for above in end]
+            for end in (self.reached.value, self.reached.low, self.reached.high)
+        )
+        return Curve(value, low, high) if any(share is not None for share in value) else None
+
+    @property
+    def visual_support(self) -> bool | None:
+        """Whether the real images surely add support to each control's; None without controls."""
+        lows = [check.visual.low for check in self.checks if check.visual is not None]
+        return all(low is not None and low > 0 for low in lows) if lows else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +239,15 @@ class Comparison:
 
 @dataclass(slots=True)
 class StratumView:
-    """All that is known of one stratum."""
+    """All that is known of one stratum. `path`: the kinds of the stages it was trained in; `undone`: of those that were
+    taken back.
+    """
 
     name: str
     measured: list[Measurement] = field(default_factory=list)
     held_out: list[Measurement] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
+    undone: list[str] = field(default_factory=list)
     outcome: str | None = None
     story: str = ""
     counts: dict[str, int] = field(default_factory=dict)
@@ -175,12 +273,17 @@ class StratumView:
 
     @property
     def latest(self) -> Measurement | None:
-        return self.measured[-1] if self.measured else None
+        """The last diagnosis of a model that was not taken back."""
+        return next((m for m in reversed(self.measured) if not m.taken_back), None)
 
 
 @dataclass(frozen=True, slots=True)
 class StageView:
-    """One stage. What isn't known is None, and a stage of one kind has no numbers of another."""
+    """One stage. What isn't known is None, and a stage of one kind has no numbers of another.
+
+    `changes` are a diagnosis's against the one titled `since`; `lost` says which support fell so that the training
+    before it was taken back. `undone`: a training stage that was.
+    """
 
     stage_id: int
     kind: str
@@ -204,10 +307,14 @@ class StageView:
     truncated_rate: float | None
     verdicts: dict[str, str]
     metrics: dict[str, list[tuple[int, float]]]
+    changes: list[ChangeView]
+    since: str | None
+    lost: list[str]
+    undone: bool
 
     @property
     def trains(self) -> bool:
-        return self.kind not in MEASURING
+        return self.kind in TRAINING
 
 
 @dataclass(slots=True)

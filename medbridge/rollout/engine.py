@@ -45,7 +45,8 @@ class Rollout:
     """One completion.
 
     `logprobs` (float32, one a token) are those of the policy at the sampling temperature *before* the nucleus
-    cut (temperature 1 for the greedy completion), so that a trainer can recompute them from the logits.
+    cut (temperature 1 for the greedy completion), so that a trainer can recompute them from the logits. `images` is
+    how many images the engine gave to the model; None where it can't tell.
     """
 
     item_id: str
@@ -56,6 +57,7 @@ class Rollout:
     logprobs: np.ndarray
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
+    images: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ class TransformersEngine:
                         text=policy.decode(ids[: length - done].tolist()),
                         token_ids=ids.astype(np.int32), logprobs=logprobs_cpu[row, :length].astype(np.float32),
                         finish_reason="stop" if done else "length",
-                        prompt_tokens=len(flat[variant_of_row[row]].ids),
+                        prompt_tokens=len(flat[variant_of_row[row]].ids), images=flat[variant_of_row[row]].images,
                     )
                 )  # fmt: skip
                 row += 1

@@ -48,3 +48,24 @@ def mean_curve(n: ArrayLike, c: ArrayLike, ks: ArrayLike, weights: ArrayLike | N
         ValueError: as for :func:`pass_at_k`, and for bad weights.
     """
     return _native.mean_curve(n, c, ks, weights)
+
+
+def reached_at_k(n: ArrayLike, c: ArrayLike, ks: ArrayLike, floor: ArrayLike) -> NDArray[np.float64]:
+    """Prototype until the extension has it."""
+    from scipy.stats import binom, hypergeom
+
+    n, c, ks, floor = (np.asarray(x) for x in (n, c, ks, floor))
+    out = np.full((len(n), len(ks)), np.nan)
+    cells = {}
+    for i, (a, b, f) in enumerate(zip(n.tolist(), c.tolist(), floor.tolist(), strict=True)):
+        for j, k in enumerate(ks.tolist()):
+            if k > a:
+                continue
+            if (a, b, f, k) not in cells:
+                tail = binom.sf(np.arange(k + 1), k, f)
+                t = int(np.argmax(tail <= f + 1e-12))
+                mass = binom.pmf(t, k, f)
+                g = max(0.0, (f - tail[t]) / mass) if mass > 0 else 0.0
+                cells[a, b, f, k] = hypergeom.sf(t, a, b, k) + g * hypergeom.pmf(t, a, b, k)
+            out[i, j] = cells[a, b, f, k]
+    return out

@@ -40,10 +40,11 @@ def test_it_depends_on_the_seed_and_nothing_else() -> None:
 def test_chunks_do_not_change_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(1).random(30)
     whole = mean_interval(values)
+    kinds = mean_interval(np.round(values))
     monkeypatch.setattr("medbridge.support.intervals._CHUNK_BYTES", 8 * 31 * 7)
-    in_parts = mean_interval(values)
-    np.testing.assert_allclose(in_parts.low, whole.low, rtol=1e-12)
-    np.testing.assert_allclose(in_parts.high, whole.high, rtol=1e-12)
+    for found, expected in ((mean_interval(values), whole), (mean_interval(np.round(values)), kinds)):
+        np.testing.assert_allclose(found.low, expected.low, rtol=1e-12)
+        np.testing.assert_allclose(found.high, expected.high, rtol=1e-12)
 
 
 def test_items_of_one_image_count_as_one_draw() -> None:
@@ -55,6 +56,46 @@ def test_items_of_one_image_count_as_one_draw() -> None:
     assert together.high[0] - together.low[0] > 2.5 * (apart.high[0] - apart.low[0])
     assert together.low[0] == pytest.approx(alone.low[0], abs=1e-12)
     assert together.high[0] == pytest.approx(alone.high[0], abs=1e-12)
+
+
+def test_the_order_of_the_items_does_not_matter() -> None:
+    generator = np.random.default_rng(4)
+    names = [f"image {i % 12}" for i in range(40)]
+    for values in (generator.random(40), generator.integers(0, 2, 40)):
+        order = generator.permutation(40)
+        found = mean_interval(values, names)
+        again = mean_interval(values[order], [names[i] for i in order])
+        np.testing.assert_allclose([again.low[0], again.high[0]], [found.low[0], found.high[0]], rtol=1e-12)
+
+
+def test_equal_clusters_joined_give_the_same_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of m equal clusters add up to a gamma variate: the same interval, up to the replicates' noise."""
+    values = np.repeat([0.0, 0.2, 0.9], [150, 30, 20])
+    joined = mean_interval(values, replicates=40_000, against=0.17)
+    monkeypatch.setattr("medbridge.support.intervals._GAMMA_PRICE", 10**9)
+    apart = mean_interval(values, replicates=40_000, against=0.17)
+    width = apart.high[0] - apart.low[0]
+    assert joined.low[0] != apart.low[0]
+    assert joined.low[0] == pytest.approx(apart.low[0], abs=0.02 * width)
+    assert joined.high[0] == pytest.approx(apart.high[0], abs=0.02 * width)
+    assert joined.p_below[0] == pytest.approx(apart.p_below[0], abs=0.01)
+    assert joined.p_above[0] == pytest.approx(apart.p_above[0], abs=0.01)
+
+
+def test_p_values_say_what_the_ends_say() -> None:
+    values = np.random.default_rng(5).random(25)
+    for against in np.linspace(0.2, 0.8, 25):
+        for alpha in (0.01, 0.05, 0.2):
+            found = mean_interval(values, alpha=alpha, replicates=199, against=against)
+            assert (found.p_below[0] <= alpha) == (found.high[0] < against)
+            assert (found.p_above[0] <= alpha) == (found.low[0] > against)
+    assert np.isnan([mean_interval(values).p_below[0], mean_interval(values).p_above[0]]).all()
+    assert mean_interval(values, replicates=199, against=-1).p_above[0] == 1 / 200
+
+
+def test_too_few_replicates_exclude_nothing() -> None:
+    found = mean_interval([0.5] * 50, alpha=0.004, replicates=199, against=0.99)
+    assert (found.low[0], found.high[0], found.p_below[0]) == (0, 1, 1 / 200)
 
 
 def test_columns_share_their_replicates() -> None:

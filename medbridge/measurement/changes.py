@@ -1,0 +1,68 @@
+"""What a training stage changed: two measurements of the same items, compared stratum by stratum."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from medbridge.config import RunSettings
+from medbridge.data import Item
+from medbridge.ledger import Ledger, Stage
+from medbridge.support import GateSettings, Tally, item_scores
+from medbridge.support.change import Change, Scores, compare, losses
+
+
+def compare_stages(
+    ledger: Ledger, before: Stage, after: Stage, strata: Mapping[str, Sequence[Item]], settings: RunSettings
+) -> dict[str, Any]:
+    """The change of each stratum from one measuring stage to another, for the later one's summary.
+
+    Returns:
+        "since": the earlier stage's id; "changes": `Change.to_dict` by stratum; "lost": the strata whose support fell
+        significantly, with the numbers in words; "forecast": by stratum what the earlier stage forecast of Acc@1 and
+        what came out.
+    """
+    stratum_of = {item.id: name for name, items in strata.items() for item in items}
+    held: dict[str, tuple[list[Tally], list[Tally]]] = defaultdict(lambda: ([], []))
+    for place, stage in enumerate((before, after)):
+        for tally in ledger.tallies(stage.stage_id):
+            if tally.item_id in stratum_of and tally.n:
+                held[stratum_of[tally.item_id]][place].append(tally)
+    changes = {
+        name: _compare(old, new, settings)
+        for name, (old, new) in sorted(held.items())
+        if {tally.item_id for tally in old} & {tally.item_id for tally in new}
+    }
+    lost = losses(changes, settings.gate.alpha)
+    return {
+        "since": before.stage_id,
+        "changes": {name: change.to_dict() for name, change in changes.items()},
+        "lost": {name: _in_words(name, change) for name, change in lost.items()},
+    }
+
+
+def _compare(before: Sequence[Tally], after: Sequence[Tally], settings: RunSettings) -> Change:
+    most = min(tally.n for tally in (*before, *after))
+    return compare(
+        before, after, scores=scores_at(settings.gate, most), ks=sorted({1, most}), alpha=settings.gate.alpha,
+        replicates=settings.gate.replicates, seed=settings.seed, tolerated=settings.budget.tolerated_loss,
+    )  # fmt: skip
+
+
+def scores_at(gate: GateSettings, k: int) -> Scores:
+    """The gate's statistic of each item at one k, as `compare` wants it."""
+
+    def scores(tallies: Sequence[Tally]) -> tuple[Any, Any]:
+        found = item_scores(tallies, gate, k)
+        return found.top, found.bottom
+
+    return scores
+
+
+def _in_words(name: str, change: Change) -> str:
+    shift = change.support
+    return (
+        f"{name} lost support: {shift.value:+.2f} ({100 * change.confidence:.0f} % interval {shift.low:+.2f} to "
+        f"{shift.high:+.2f}) on the same {change.items} items"
+    )
