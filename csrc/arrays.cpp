@@ -2,12 +2,16 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 namespace medbridge {
 
 std::string shape_of(const py::array& array) { return py::str(array.attr("shape")); }
 
 namespace {
+
+// C order, native byte order and aligned, whatever was given.
+constexpr int kPlain = py::array::c_style | py::array::forcecast | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
 
 py::array with_dimensions(const py::object& object, const char* name, int dimensions) {
   py::array array = py::array::ensure(object);
@@ -26,7 +30,7 @@ py::array with_dimensions(const py::object& object, const char* name, int dimens
 [[noreturn]] void refuse_dtype(const py::array& array, const char* name) {
   py::ssize_t index = 0;
   if (array.dtype().kind() == 'f') {
-    const auto values = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(array);
+    const auto values = py::array_t<double, kPlain>::ensure(array);
     for (py::ssize_t i = 0; i < values.size(); ++i) {
       if (!std::isfinite(values.data()[i]) || values.data()[i] != std::floor(values.data()[i])) {
         index = i;
@@ -43,11 +47,13 @@ py::array with_dimensions(const py::object& object, const char* name, int dimens
 
 Counts counts(const py::object& object, const char* name, int dimensions) {
   const py::array array = with_dimensions(object, name, dimensions);
-  if (array.size() == 0 && dimensions == 1) return Counts(0);  // numpy gives an empty list a float dtype
+  if (array.size() == 0) {  // numpy gives an empty list a float dtype
+    return Counts(std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()));
+  }
   const char kind = array.dtype().kind();
   if (kind != 'i' && kind != 'u') refuse_dtype(array, name);
   if (kind == 'u' && array.itemsize() == 8) {
-    const auto wide = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>::ensure(array);
+    const auto wide = py::array_t<std::uint64_t, kPlain>::ensure(array);
     for (py::ssize_t i = 0; i < wide.size(); ++i) {
       if (wide.data()[i] > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
         throw py::value_error(std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(wide.data()[i]) +
@@ -55,7 +61,7 @@ Counts counts(const py::object& object, const char* name, int dimensions) {
       }
     }
   }
-  return py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
+  return py::array_t<std::int64_t, kPlain>::ensure(array);
 }
 
 Values reals(const py::object& object, const char* name, int dimensions) {
@@ -64,7 +70,7 @@ Values reals(const py::object& object, const char* name, int dimensions) {
   if (kind != 'f' && kind != 'i' && kind != 'u') {
     throw py::value_error(std::string(name) + " must hold real numbers, got dtype " + std::string(py::str(array.dtype())));
   }
-  return py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(array);
+  return py::array_t<double, kPlain>::ensure(array);
 }
 
 void same_length(const py::array& n, const py::array& other, const char* name) {

@@ -26,15 +26,38 @@ py::tuple distinct_counts_arrays(const py::object& n_in, const py::object& c_in)
   return py::make_tuple(as_array(distinct.n), as_array(distinct.c), as_array(distinct.row_of));
 }
 
-// Only pairs from distinct_counts come here: their values were checked there.
-Values binomial_likelihood_array(const Counts& n, const Counts& c, const py::object& grid_in) {
-  same_length(n, c, "c");
+// Pairs as distinct_counts gives them.
+struct Pairs {
+  Counts n;
+  Counts c;
+  Pairs(const py::object& n_in, const py::object& c_in) : n(counts(n_in, "n")), c(counts(c_in, "c")) {
+    same_length(n, c, "c");
+    distinct_counts(n.data(), c.data(), size_of(n));  // refuses impossible counts
+  }
+};
+
+Values grid_of(const py::object& grid_in) {
   const Values grid = reals(grid_in, "grid");
+  for (py::ssize_t j = 0; j < grid.size(); ++j) {
+    if (!(grid.at(j) >= 0.0 && grid.at(j) <= 1.0)) {
+      throw py::value_error("grid[" + std::to_string(j) + "] = " + std::to_string(grid.at(j)) +
+                            ": a probability is from 0 to 1");
+    }
+  }
+  return grid;
+}
+
+Values binomial_likelihood_array(const py::object& n_in, const py::object& c_in, const py::object& grid_in) {
+  const Pairs pairs(n_in, c_in);
+  const Counts& n = pairs.n;
+  const Counts& c = pairs.c;
+  const Values grid = grid_of(grid_in);
   Values likelihood({n.size(), grid.size()});
   std::vector<double> log_peak(size_of(n));
   {
     py::gil_scoped_release release;
-    binomial_likelihood(n.data(), c.data(), size_of(n), grid.data(), size_of(grid), likelihood.mutable_data(), log_peak.data());
+    binomial_likelihood(n.data(), c.data(), size_of(n), grid.data(), size_of(grid), likelihood.mutable_data(),
+                        log_peak.data());
   }
   return likelihood;
 }
@@ -61,10 +84,12 @@ void check_weights(const Values& weights, py::ssize_t n_rows) {
   }
 }
 
-py::tuple fit_spectra(const Counts& n, const Counts& c, const py::object& weights_in, const py::object& grid_in, double tolerance,
-                      std::int64_t max_iterations) {
-  same_length(n, c, "c");
-  const Values grid = reals(grid_in, "grid");
+py::tuple fit_spectra(const py::object& n_in, const py::object& c_in, const py::object& weights_in,
+                      const py::object& grid_in, double tolerance, std::int64_t max_iterations) {
+  const Pairs pairs(n_in, c_in);
+  const Counts& n = pairs.n;
+  const Counts& c = pairs.c;
+  const Values grid = grid_of(grid_in);
   if (grid.size() == 0) throw py::value_error("grid is empty: it needs at least one point");
   const Values weights = reals(weights_in, "weights", 2);
   check_weights(weights, n.size());
@@ -92,9 +117,9 @@ py::tuple fit_spectra(const Counts& n, const Counts& c, const py::object& weight
 
 void bind_spectrum(py::module_& m) {
   m.def("distinct_counts", &distinct_counts_arrays, py::arg("n"), py::arg("c"),
-        "The distinct pairs (n, c) as two arrays, and the place of each item's pair among them. See medbridge.support.spectra.");
+        "The distinct pairs (n, c) as two arrays, and the place of each item's pair among them.");
   m.def("binomial_likelihood", &binomial_likelihood_array, py::arg("n"), py::arg("c"), py::arg("grid"),
-        "Likelihood of each distinct pair at each grid point, float64 [pairs, grid], each row divided by its largest value.");
+        "Likelihood of each pair at each grid point, float64 [pairs, grid], each row divided by its largest value.");
   m.def("fit_spectra", &fit_spectra, py::arg("n"), py::arg("c"), py::arg("weights"), py::arg("grid"), py::arg("tolerance"),
         py::arg("max_iterations"),
         "For each row of weights [fits, pairs] the mass [fits, grid], the gap [fits] and the log-likelihood [fits]. "

@@ -16,9 +16,7 @@ from medbridge.data import DataSettings, SplitName
 from medbridge.errors import MedbridgeError
 from medbridge.model import ModelSettings
 from medbridge.rollout import RolloutSettings
-from medbridge.support import GateSettings
-from medbridge.support.guard import GuardSettings
-from medbridge.support.routing import RoutingSettings
+from medbridge.support import GateSettings, GuardSettings, RoutingSettings
 from medbridge.train import RlSettings, SftSettings
 
 
@@ -44,8 +42,8 @@ class DiagnosisSettings(BaseModel):
     max_items_per_stratum: int | None = Field(
         200, ge=1, description="Most items measured per stratum; null uses all that the split has."
     )
-    controls: list[Literal["blank", "shuffled"]] = Field(
-        default_factory=lambda: ["blank", "shuffled"],
+    controls: tuple[Literal["blank", "shuffled"], ...] = Field(
+        ("blank", "shuffled"),
         description="Measure the same questions again with grey images (blank) and with another question's (shuffled): "
         "support that stays is not read from the image.",
     )

@@ -201,7 +201,7 @@ class Run(RunFolder):
     # -- measuring -----------------------------------------------------------------------------------------
 
     def assess(self, round: int, model: str) -> tuple[str, dict[str, VerdictRow]]:
-        """Measure and judge a model; where sharpening cost support, the model before it comes back with its verdicts."""
+        """Measure and judge a model; where sharpening cost support, the one before it comes back with its verdicts."""
         self.diagnose(round, model)
         standing = self._standing(round)
         return standing.model, self.ledger.verdicts(standing.stage_id)

@@ -253,8 +253,8 @@ def _letter(part: _Part, shown: Sequence[str]) -> Reading | None:
     letters = {text[start:end].upper() for start, end in spans}
     if len(letters) != 1:
         return None
-    position = LETTERS.index(letters.pop())
-    if position >= len(shown):
+    position = LETTERS.find(letters.pop())  # not there: a letter of another script that folds to one of ours
+    if not 0 <= position < len(shown):
         return None
     start, end = spans[-1]
     stated = _statement(text)

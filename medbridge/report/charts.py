@@ -36,6 +36,16 @@ class Series:
     acc_at_1: tuple[float, float | None, float | None] | None
 
 
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Share of the questions reached at each k, and the share `guess` that guessing reaches at any k."""
+
+    value: Sequence[float | None]
+    low: Sequence[float | None]
+    high: Sequence[float | None]
+    guess: float
+
+
 def interval_bar(
     value: float | None,
     low: float | None,
@@ -99,6 +109,7 @@ def pass_at_k_chart(
     floor: Sequence[float | None],
     *,
     gate_k: int | None,
+    reached: Reached | None = None,
     title: str,
     description: str,
 ) -> Markup:
@@ -109,6 +120,7 @@ def pass_at_k_chart(
         series: what was measured, oldest first.
         floor: Pass@k of guessing [K].
         gate_k: the k that the gate reads; marked on the axis.
+        reached: what it reads there in place of Pass@k, with the flat line of guessing; the curves have length K.
         title, description: said by screen readers.
     """
     width, height = 320.0, 216.0
@@ -151,6 +163,19 @@ def pass_at_k_chart(
     elif floor_points:
         at, height_there = floor_points[0]
         _line(svg, at - 12, height_there, at + 12, height_there, "floor")
+    if reached is not None:
+        group = ET.SubElement(svg, "g", {"class": "reached"})
+        points = [(x(ks[i]), y(v)) for i in shown if (v := reached.value[i]) is not None]
+        if points:
+            _line(group, points[0][0], y(reached.guess), points[-1][0], y(reached.guess), "chance")
+            _node(group, "path", d=_path(points), **{"class": "line"})
+        read = ks.index(gate_k) if gate_k is not None and gate_k in ks else None
+        if read is not None and (level := reached.value[read]) is not None:
+            middle, low, high = x(ks[read]), reached.low[read], reached.high[read]
+            if low is not None and high is not None:
+                _line(group, middle, y(low), middle, y(high), "whisker")
+            square = _node(group, "rect", x=middle - 3.5, y=y(level) - 3.5, width=7, height=7, **{"class": "dot"})
+            _text_node(square, "title", f"Reached at k = {gate_k}: {level:.2f}, by guessing {reached.guess:.2f}")
     for index, entry in enumerate(series):
         group = ET.SubElement(svg, "g", {"class": entry.style})
         points = [(x(ks[i]), y(v)) for i in shown if (v := entry.value[i]) is not None]

@@ -324,8 +324,9 @@ def _strata(
             if view.kind in ("bridge", "sharpen"):
                 since.append(view)
             elif view.kind == "diagnose" and row is not None:
-                label = _label(since, name, bool(stratum.measured)) + (", taken back" if view.lost else "")
-                stratum.measured.append(_measurement(view.stage_id, label, row, taken_back=bool(view.lost)))
+                back = bool(view.lost and stratum.measured)
+                label = _label(since, name, bool(stratum.measured)) + (", taken back" if back else "")
+                stratum.measured.append(_measurement(view.stage_id, label, row, taken_back=back))
                 since = []
             elif view.kind == "evaluate" and row is not None:
                 label = "Final" if stratum.held_out else "Base"
@@ -387,10 +388,9 @@ def _ks(values: Any) -> list[int]:
 def _story(stratum: StratumView, comparisons: Sequence[Comparison]) -> str:
     """What happened to a stratum, in words: the header's one line."""
     base, latest = stratum.base, stratum.latest
-    did = ", then ".join(_times(kind, len(list(run))) for kind, run in groupby(stratum.path)) or "not trained"
-    if stratum.undone:
-        did += "; " if stratum.path else ", "
-        did += f"{_times(stratum.undone[0], len(stratum.undone))} and taken back"
+    kept = ", then ".join(_times(kind, len(list(run))) for kind, run in groupby(stratum.path))
+    undone = ", ".join(f"{_times(kind, len(list(run)))} and taken back" for kind, run in groupby(stratum.undone))
+    did = "; ".join(part for part in (kept, undone) if part) or "not trained"
     if latest is None or base is None:
         return f"{did}; not measured"
     held_out = next((row for row in comparisons if row.stratum == stratum.name), None)
@@ -399,7 +399,7 @@ def _story(stratum: StratumView, comparisons: Sequence[Comparison]) -> str:
         before, after, where = held_out.base, held_out.final, " on test items"
     if before is None or after is None:
         return f"{did}; Acc@1 not measured"
-    if len(stratum.measured) > 1 or where:
+    if latest is not base or where:
         return f"{did}; Acc@1 {before.value:.2f} → {after.value:.2f}{where}"
     return f"{did}; Acc@1 {before.value:.2f}"
 

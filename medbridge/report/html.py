@@ -14,12 +14,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from medbridge.report import charts
-from medbridge.report.charts import Series, figure
+from medbridge.report.charts import Reached, Series, figure
+from medbridge.report.checks import Findings, findings
 from medbridge.report.collect import collect
 from medbridge.report.images import Embedder, Picture
 from medbridge.report.samples import excerpt
 from medbridge.report.text import clean
-from medbridge.report.view import Estimate, Measurement, Piece, RunView, Sample, StageView, StratumView, duration, short
+from medbridge.report.view import (
+    CheckView,
+    Estimate,
+    Measurement,
+    Piece,
+    RunView,
+    Sample,
+    StageView,
+    StratumView,
+    duration,
+    short,
+)
 
 IMAGE_BYTES = 1_500_000
 """Budget of the embedded images: about half of a file of at most 3 MB, which mail and web viewers take."""
@@ -36,6 +48,13 @@ _CONFIG_CHARACTERS = 60_000
 
 _FEW_STRATA = 12
 """Up to this many strata, the header says one sentence for each; more are counted and folded away."""
+
+CHECKS = {
+    "strict": "Strict reading",
+    "lenient": "Lenient reading",
+    "blank": "Grey images",
+    "shuffled": "Exchanged images",
+}
 
 METRICS = {
     "reward": "Reward",
@@ -118,7 +137,7 @@ def render(view: RunView) -> str:
         "figure": figure,
     }
     page = _Page(view)
-    return environment.get_template("report.html.j2").render(run=view, page=page, few=_FEW_STRATA)
+    return environment.get_template("report.html.j2").render(run=view, page=page, few=_FEW_STRATA, check_names=CHECKS)
 
 
 def _finalize(value: Any) -> Any:
@@ -169,7 +188,7 @@ class _Page:
         return self._bar(
             value,
             f"{stratum.name}, {measurement.label}: support above the floor",
-            style="after" if measurement is stratum.latest and len(stratum.measured) > 1 else "before",
+            style="before" if measurement is stratum.base else "after",
             domain=self._support_domain,
             references=self._threshold(),
         )
@@ -230,11 +249,16 @@ class _Page:
             f"Acc@1 {two(m.acc_at_1.value if m.acc_at_1 else None)}"
             for m in shown
         ]
+        reached = _reached(latest, len(ks))
+        if reached is not None and latest.k in ks:
+            share = two(reached.value[ks.index(latest.k)])
+            said.append(f"The gate reads {share} reached at k = {latest.k} where guessing reaches {two(reached.guess)}")
         return charts.pass_at_k_chart(
             ks,
             series,
             _padded(floor, len(ks)),
             gate_k=latest.k,
+            reached=reached,
             title=f"Pass@k of {short(stratum.name, 60)}",
             description=". ".join(said),
         )
@@ -247,9 +271,11 @@ class _Page:
         for stratum in self._view.strata:
             for m in _base_and_latest(stratum):
                 rows.append((stratum.name, m.label, [_at(m.ks, m.pass_at_k.value, k) for k in ks]))
-            if stratum.latest is not None:
-                last = stratum.latest
+            if (last := stratum.latest) is not None:
                 rows.append((stratum.name, "Guessing", [_at(last.ks, last.floor, k) for k in ks]))
+                if (reached := _reached(last, len(last.ks))) is not None:
+                    guess = f"Reached (guessing: {two(reached.guess)})"
+                    rows.append((stratum.name, guess, [_at(last.ks, reached.value, k) for k in ks]))
         return ks, rows
 
     def training_charts(self, stage: StageView) -> tuple[list[tuple[str, Markup]], list[tuple[str, Markup]]]:
@@ -279,6 +305,35 @@ class _Page:
         said = ", ".join(f"{count} {what}" for count, what in counts if count)
         return f"{sample.n} samples: {said}" if said else "no samples"
 
+    # -- checks ----------------------------------------------------------------------------------------------
+
+    def statistics(self) -> set[str]:
+        """What the gate reads in this run; "reached" where nothing is measured yet."""
+        return {m.statistic for stratum in self._view.strata if (m := stratum.latest)} or {"reached"}
+
+    def support_words(self) -> str:
+        """What S and F are in this run's support above the floor."""
+        words = {
+            "reached": "the share of questions reached and F the share f that guessing reaches",
+            "pass": "Pass@k and F its guessing floor, at a k where guessing still misses enough questions",
+        }
+        return "; or ".join(text for statistic, text in words.items() if statistic in self.statistics())
+
+    def change_rows(self) -> int:
+        return sum(len(stage.changes) for stage in self._view.stages)
+
+    def findings(self) -> Findings:
+        return findings(self._view.strata)
+
+    def readings(self, checks: Sequence[CheckView]) -> str:
+        """The readings that change not one number, as one name: "Strict and lenient reading"."""
+        same = [check.name for check in checks if check.reads and check.same]
+        return f"{' and '.join(same).capitalize()} reading" if same else ""
+
+    def apart(self, checks: Sequence[CheckView]) -> list[CheckView]:
+        """The checks that `readings` leaves, each a row of its own."""
+        return [check for check in checks if not (check.reads and check.same)]
+
     # -- words -----------------------------------------------------------------------------------------------
 
     def rows(self, stratum: StratumView) -> list[Measurement]:
@@ -290,8 +345,8 @@ class _Page:
 
     @property
     def compared(self) -> bool:
-        """Whether any stratum was measured more than once."""
-        return any(len(stratum.measured) > 1 for stratum in self._view.strata)
+        """Whether any stratum was measured again, on a model that stands."""
+        return any(stratum.latest is not stratum.base for stratum in self._view.strata)
 
     def tally(self) -> str:
         """How many strata stand where, for a header with too many strata to name: "31 done, 12 bridge"."""
@@ -337,8 +392,18 @@ def interval(value: Estimate | None) -> str:
 
 
 def _base_and_latest(stratum: StratumView) -> list[Measurement]:
-    measured = stratum.measured
-    return [measured[0], measured[-1]] if len(measured) > 1 else list(measured)
+    base, latest = stratum.base, stratum.latest
+    if base is None or latest is None:
+        return []
+    return [base] if latest is base else [base, latest]
+
+
+def _reached(measurement: Measurement, size: int) -> Reached | None:
+    """The share that the gate reads, where it isn't Pass@k itself, as it is on open questions only."""
+    share, guess = measurement.reached_share, measurement.chance
+    if share is None or not guess:
+        return None
+    return Reached(_padded(share.value, size), _padded(share.low, size), _padded(share.high, size), guess)
 
 
 def _floor_quarter(value: float) -> float:

@@ -11,10 +11,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from medbridge.report.checks import findings
 from medbridge.report.collect import collect
 from medbridge.report.html import near_one, two
 from medbridge.report.text import clean
-from medbridge.report.view import Comparison, Estimate, Measurement, RunView, StageView, StratumView, duration, short
+from medbridge.report.view import (
+    ChangeView,
+    CheckView,
+    Comparison,
+    Estimate,
+    Measurement,
+    More,
+    Outlook,
+    RunView,
+    StageView,
+    StratumView,
+    duration,
+    short,
+)
+
+_NAMES_SHOWN = 3
+"""Strata that a remark names; the others are counted."""
 
 _STYLES = {"bridge": "yellow", "sharpen": "blue", "done": "green", "undecided": "magenta"}
 
@@ -23,7 +40,8 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     """The run as JSON values: its state, each stratum's verdicts and accuracies, and its stages.
 
     Numbers that aren't known are None. Estimates are `{"value", "low", "high"}`, with two-sided intervals at
-    `confidence`. `base` and `latest` are a stratum's first and last diagnosis, `test` its held-out accuracy.
+    `confidence`. `base` and `latest` are a stratum's first diagnosis and the last of a model that was not taken back,
+    `test` is its held-out accuracy.
 
     Raises:
         MedbridgeError: there is no run database, or it can't be read.
@@ -67,6 +85,8 @@ def print_verdicts(console: Console, run_dir: Path) -> None:
     if measured:
         console.print(_verdict_table(measured))
         console.print(Text(f"Intervals are two-sided at {100 * view.confidence:.0f} %.", "dim"))
+    for remark in _remarks(view):
+        console.print(_text(remark))
     if view.comparisons:
         console.print(_test_table(view))
 
@@ -77,11 +97,11 @@ def _verdict_table(strata: Sequence[StratumView]) -> Table:
     raw = "Pass@K" if common is None else f"Pass@{common}"
     table = _table("Stratum", "Verdict", "Support above floor @k", raw, "Guess", "Acc@1")
     for stratum in strata:
-        first, *later = stratum.measured
-        for measurement, name in [
-            (first, _text(short(stratum.name, 60))),
-            *((m, Text("  latest")) for m in later[-1:]),
-        ]:
+        rows = [(stratum.base, _text(short(stratum.name, 60)))]
+        if stratum.latest is not stratum.base:
+            rows.append((stratum.latest, Text("  latest")))
+        for measurement, name in rows:
+            assert measurement is not None
             support = _bracketed(measurement.support)
             table.add_row(
                 name,
@@ -92,6 +112,28 @@ def _verdict_table(strata: Sequence[StratumView]) -> Table:
                 Text(_bracketed(measurement.acc_at_1)),
             )
     return table
+
+
+def _remarks(view: RunView) -> list[str]:
+    """What the checks and the rollbacks say, a line each; nothing where all is well."""
+    found = findings(view.strata)
+    remarks = []
+    if found.reading:
+        remarks.append(f"Another reading of the answers changes the verdict: {_names(found.reading)}.")
+    if found.images:
+        remarks.append(f"Other images change the verdict: {_names(found.images)}.")
+    if found.unseen:
+        remarks.append(f"No visual support shows: {_names(found.unseen)}.")
+    for stage in view.stages:
+        if stage.lost:
+            lost = [change.stratum for change in stage.changes if change.alarm]
+            remarks.append(f"{stage.title}: sharpening was taken back, support fell: {_names(lost)}.")
+    return remarks
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(short(name, 30) for name in names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def _test_table(view: RunView) -> Table:
@@ -153,14 +195,47 @@ def _measurement(measurement: Measurement | None) -> dict[str, Any] | None:
         "when": measurement.label,
         "verdict": measurement.kind,
         "reason": measurement.reason,
+        "more": None if measurement.more is None else _more(measurement.more),
+        "pooled": measurement.pooled,
         "items": measurement.items,
         "samples_per_item": measurement.n_min,
         "pass_at_k": measurement.raw_pass,
         "guessing_floor": measurement.raw_floor,
+        "statistic": measurement.statistic,
         "k": measurement.k,
         "support_above_floor": _estimate(measurement.support),
         "acc_at_1": _estimate(measurement.acc_at_1),
         "abstain_rate": measurement.abstain_rate,
+        "checks": {check.name: _check(check) for check in measurement.checks},
+        "visual_support": measurement.visual_support,
+        "outlook": None if measurement.outlook is None else _outlook(measurement.outlook),
+    }
+
+
+def _more(more: More) -> dict[str, Any]:
+    return {"items": more.items, "samples": more.samples, "capped": more.capped, "bottleneck": more.bottleneck}
+
+
+def _check(check: CheckView) -> dict[str, Any]:
+    found = {
+        "verdict": check.kind,
+        "changed": check.changed,
+        "items": check.items,
+        "support_above_floor": _estimate(check.support),
+        "acc_at_1": _estimate(check.acc_at_1),
+    }
+    return found if check.reads else {**found, "visual_support": _estimate(check.visual)}
+
+
+def _outlook(outlook: Outlook) -> dict[str, Any]:
+    return {
+        "cover": _estimate(outlook.cover),
+        "efficiency": outlook.efficiency,
+        "gap": _estimate(outlook.gap),
+        "k90": outlook.k90,
+        "reliable_k": outlook.reliable_k,
+        "predicted": [{"k": k, "pass_at_k": share} for k, share in outlook.predicted],
+        "forecast": _estimate(outlook.forecast),
     }
 
 
@@ -192,4 +267,21 @@ def _stage(stage: StageView) -> dict[str, Any]:
         "items": stage.items,
         "rollouts": stage.rollouts,
         "verdicts": stage.verdicts,
+        "taken_back": stage.undone or bool(stage.lost),
+        "changes": {change.stratum: _change(change) for change in stage.changes},
+    }
+
+
+def _change(change: ChangeView) -> dict[str, Any]:
+    return {
+        "items": change.items,
+        "support_above_floor": _estimate(change.support),
+        "pass_at_k": _estimate(change.pass_at_k),
+        "k": change.k,
+        "acc_at_1": _estimate(change.acc_at_1),
+        "gained": change.gained,
+        "lost": change.lost,
+        "support_lost": change.alarm,
+        "forecast": _estimate(change.forecast),
+        "came_out": _estimate(change.came_out),
     }

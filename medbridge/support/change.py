@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medbridge.support.intervals import bootstrap_ratio
-from medbridge.support.passk import pass_at_k
+from medbridge.support.tables import pass_at_k
 from medbridge.support.tallies import Tally
 
 Floats = NDArray[np.float64]

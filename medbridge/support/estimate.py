@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from medbridge.support.floors import guessing_floor, largest_informative_k, support_above_floor
 from medbridge.support.intervals import Intervals, bootstrap_ratio
-from medbridge.support.passk import pass_at_k, reached_at_k
 from medbridge.support.settings import GateSettings, Statistic
 from medbridge.support.spectra import spectrum
+from medbridge.support.tables import pass_at_k, reached_at_k
 from medbridge.support.tallies import Tally
 
 Floats = NDArray[np.float64]

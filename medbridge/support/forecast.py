@@ -128,8 +128,8 @@ def forecast_accuracy(
     greedy = [tally.greedy_correct for tally in sampled if tally.greedy_correct is not None]
     return Forecast(
         value=value,
-        low=min(value, float(interval.low[0])),
-        high=max(value, float(interval.high[:2].max())),
+        low=float(interval.low[0]),
+        high=float(interval.high[:2].max()),
         confidence=1 - 2 * alpha,
         ceiling=ceiling,
         covered=covered,

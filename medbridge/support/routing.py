@@ -30,6 +30,11 @@ _PRIOR_ITEMS = 20
 """Weight of the Jeffreys prior beside the items' own spectrum. It carries the posterior where items are few, and
 keeps the spectrum's gaps open where they are many: the spectrum has atoms, and p between two of them is possible."""
 
+_ROUNDING = 1e-9
+"""n f carries rounding: 9 samples at f = 1/3 are guessed right 3 times."""
+
+_USES = ("bridge", "sharpen", "anchor", "left_out")
+
 
 class RoutingSettings(BaseModel):
     """How training items are divided between the stages."""
@@ -87,9 +92,10 @@ def route(tallies: Sequence[Tally], settings: RoutingSettings, *, seed: int) -> 
     The prior is empirical: the spectrum of these very items, together with a Jeffreys prior worth 20 items
     (evenly spread in arcsin sqrt p). With f the floor and m the margin, an item is
 
-    - always right if ``P(p >= 1 - m (1 - f) | c) >= confidence``,
-    - bridged if ``P(p >= f + m (1 - f) | c) < 1/2``,
-    - sharpened otherwise.
+    - bridged if it was right no more often than guessing (c <= n f): what the other items can do is no evidence
+      that this one is within reach;
+    - otherwise always right if ``P(p >= 1 - m (1 - f) | c) >= confidence``;
+    - otherwise bridged if ``P(p >= f + m (1 - f) | c) < 1/2``, and sharpened if not.
 
     With equal n and floor, an item with more right answers is never sent to a lower one of the three. An item
     without samples has the prior for its posterior.
@@ -111,9 +117,6 @@ def route(tallies: Sequence[Tally], settings: RoutingSettings, *, seed: int) -> 
     )
 
 
-_USES = ("bridge", "sharpen", "anchor", "left_out")
-
-
 def _uses(tallies: Sequence[Tally], settings: RoutingSettings, seed: int) -> list[str]:
     n = np.array([tally.n for tally in tallies], dtype=np.int64)
     c = np.array([tally.c for tally in tallies], dtype=np.int64)
@@ -123,8 +126,11 @@ def _uses(tallies: Sequence[Tally], settings: RoutingSettings, seed: int) -> lis
     supported = (posterior * above_floor_values(grid, floors, settings.margin)).sum(axis=1)
     top = 1 - settings.margin * (1 - floors)
     always_right = (posterior * (grid >= top[:, None])).sum(axis=1)
+    guessed = (n > 0) & (floors < 1) & (c <= n * floors + _ROUNDING)
+    left = ~guessed & (always_right >= settings.confidence)
+    reached = ~guessed & (supported >= 0.5)
     uses = []
-    for tally, sure, likely in zip(tallies, always_right >= settings.confidence, supported >= 0.5, strict=True):
+    for tally, sure, likely in zip(tallies, left, reached, strict=True):
         if sure:
             uses.append("anchor" if _fraction(seed, tally.item_id) < settings.anchor_share else "left_out")
         else:

@@ -19,7 +19,7 @@ from scipy.stats import binom, norm
 
 from medbridge import _native
 from medbridge.support.intervals import Intervals
-from medbridge.support.passk import pass_at_k
+from medbridge.support.tables import pass_at_k
 
 Floats = NDArray[np.float64]
 
@@ -65,7 +65,7 @@ class Spectrum:
         n_min, n_max: smallest and largest number of samples of an item.
         gap: largest directional derivative of the mean log-likelihood, ``max_p mean_i f(c_i | p) / f_G(c_i) - 1``
             over the grid. It is 0 at the maximum, and G's mean log-likelihood per item is at most `gap` below the
-            maximum (Lindsay 1983, "The geometry of mixture likelihoods", theorem 4.1).
+            maximum (Lindsay 1983, "The geometry of mixture likelihoods: a general theory", theorem 4.1).
         converged: whether `gap` is within the tolerance that was asked for.
         log_likelihood: of the samples as drawn, in their order (no binomial coefficients).
     """
@@ -109,9 +109,12 @@ class Spectrum:
         few items leave even unbiased estimates less exact than `tolerance`.
 
         Which items were drawn isn't part of this error: it is the same at all k, and the bootstrap intervals
-        carry it. Background: a polynomial of degree n in p is at best about ``2 exp(-n^2 / k)`` from
-        ``(1 - p)^k`` (Newman and Rivlin 1976; Sachdeva and Vishnoi 2014, theorem 3.3), so that n samples can't
-        identify Pass@k much beyond k = n^2, however many items there are.
+        carry it. The promise is the linear estimator's; that :meth:`pass_at_k` keeps it too is found by
+        simulation, on truths made to deceive.
+
+        Background: the best polynomial of degree n is within ``2 exp(-n^2 / k)`` of ``(1 - p)^k`` on [0, 1]
+        (Sachdeva and Vishnoi 2014, theorem 3.3), and none is near where k is far above n^2 (Newman and Rivlin
+        1976): n samples can't identify Pass@k there, however many items there are.
 
         Args:
             tolerance: largest error accepted, above 0.
@@ -325,7 +328,7 @@ def majority_values(grid: Floats, rival: ArrayLike, items: int) -> Floats:
 
 
 def bootstrap_posterior(
-    values: ArrayLike,
+    values: Sequence[ArrayLike],
     n: ArrayLike,
     c: ArrayLike,
     fit: Spectrum,
@@ -341,8 +344,15 @@ def bootstrap_posterior(
     :func:`~medbridge.support.intervals.bootstrap_ratio` a cluster that wasn't observed stands beside those that
     were, at 0 for the low end and at 1 for the high end, so that no interval has zero width.
 
+    The ends are percentiles at half of `alpha`, since a spectrum of few items is biased, and its refits once
+    more: at `alpha` itself, the end on the wrong side of the bias was missed up to three times as often as it
+    should be, and bias-corrected percentiles did worse. In simulation (share of items above a floor of 1/4, seven
+    truths, alpha 0.05) each end was then missed in at most 5.5 % of the cases with n = 16 (60 and 200 items); with
+    60 items and n = 8 still in up to 15 %, where 9 of 10 items were skilled at p = 0.7.
+
     Args:
-        values: v at each grid point, within [0, 1], float [J, items, G] or broadcastable to it.
+        values: v at each grid point, within [0, 1], one array for each function, float [items, G] or broadcastable
+            to it.
         n, c: samples and correct samples per item; items with n = 0 don't count.
         fit: the spectrum of these items.
         clusters: cluster of each item.
@@ -351,13 +361,17 @@ def bootstrap_posterior(
         replicates: number of refits.
 
     Returns:
-        Intervals of shape [J].
+        Intervals with one entry for each function; the value is between the ends. The p-values are NaN.
 
     Raises:
-        ValueError: no items, or lengths that differ.
+        ValueError: no items, lengths that differ, or an argument out of range.
     """
     n_all = np.asarray(n)
     _check_clusters(clusters, n_all.size)
+    if not 0 < alpha < 0.5:
+        raise ValueError(f"alpha = {alpha}, must be above 0 and below 0.5")
+    if replicates < 1:
+        raise ValueError(f"replicates = {replicates}, must be at least 1")
     counted = np.flatnonzero(n_all > 0)
     if not counted.size:
         raise ValueError("no items: a mean needs at least one with samples")
@@ -381,19 +395,16 @@ def bootstrap_posterior(
     posterior = fit.posterior(rows_n, rows_c)[row_of]
     total = weights.sum(axis=1)
     ends = []
-    for value in np.asarray(values, dtype=np.float64):
-        own = np.broadcast_to(value, (n_all.size, fit.grid.size))[counted]
+    for value in values:
+        own = np.broadcast_to(np.asarray(value, dtype=np.float64), (n_all.size, fit.grid.size))[counted]
         reached = ((scaled @ (likelihood[row_of] * own)) * mass).sum(axis=1)
-        ends.append(
-            (
-                float((posterior * own).sum(axis=1).mean()),
-                float(np.quantile(reached / (total + unseen), alpha)),
-                float(np.quantile((reached + unseen) / (total + unseen), 1 - alpha)),
-            )
-        )
-    centre, low, high = np.array(ends).reshape(-1, 3).T
-    unknown = np.full(centre.size, math.nan)
-    return Intervals(value=centre, low=low, high=high, p_below=unknown, p_above=unknown)
+        centre = (posterior * own).sum(axis=1).mean()
+        low = np.quantile(reached / (total + unseen), alpha / 2)
+        high = np.quantile((reached + unseen) / (total + unseen), 1 - alpha / 2)
+        ends.append((centre, min(low, centre), max(high, centre)))
+    value, low, high = np.array(ends, dtype=np.float64).reshape(-1, 3).T
+    unknown = np.full(value.size, math.nan)
+    return Intervals(value, low, high, p_below=unknown, p_above=unknown)
 
 
 def cover_interval(
@@ -408,12 +419,12 @@ def cover_interval(
     margin: float = DEFAULT_MARGIN,
     replicates: int = 200,
 ) -> Intervals:
-    """:meth:`Spectrum.cover` with an interval, of shape [1]; arguments as for :func:`bootstrap_posterior`."""
+    """:meth:`Spectrum.cover` with an interval, [1]; arguments as for :func:`bootstrap_posterior`."""
     floors = _floors(floor, np.size(n))
     _check_clusters(clusters, floors.size)
     room = np.flatnonzero(floors < 1)
     return bootstrap_posterior(
-        above_floor_values(fit.grid, floors[room], margin)[None],
+        [above_floor_values(fit.grid, floors[room], margin)],
         np.asarray(n)[room],
         np.asarray(c)[room],
         fit,

@@ -141,6 +141,12 @@ def test_text_style(completion: str, shown: tuple[str, ...], position: int | Non
     assert (None if found is None else found.position) == position
 
 
+@pytest.mark.parametrize("letter", ["\u212a", "\u017f", "\uff21", "\u0410"])
+def test_letters_of_other_scripts_are_read_or_abstained_on_but_never_fail(letter: str) -> None:
+    for completion in (f"<answer>{letter}</answer>", f"The answer is ({letter})", f"<answer>{letter}) lung</answer>"):
+        assert read_letter(completion, 26) in (None, "S")  # the long s is an s
+
+
 def test_letter_style_prefers_the_letter_to_an_option_of_that_name() -> None:
     found = read_option("<answer>B</answer>", ("B", "A"), "letter")
     assert found is not None and found.position == 1
