@@ -172,7 +172,8 @@ class Policy:
         self.full_attention = layer_types == {"full_attention"}
         self.uses_mrope = hasattr(model.base_model, "get_rope_index")
         self._type_key = "mm_token_type_ids" if self.uses_mrope else "token_type_ids"
-        self._cache: OrderedDict[str, _Head] = OrderedDict()
+        # by id and images: a control asks the same question of other images
+        self._cache: OrderedDict[tuple[str, tuple[str, ...]], _Head] = OrderedDict()
         self._cache_bytes = 0
         self._cache_budget = cache_mb << 20
 
@@ -250,7 +251,8 @@ class Policy:
         Raises:
             MedbridgeError: the processor refuses the item, or its prompt leaves the model no room for an answer.
         """
-        head = self._cache.pop(item.id, None)
+        key = (item.id, item.images)
+        head = self._cache.pop(key, None)
         if head is None:
             head = self._encode_head(item, orders[0], settings, images)
         else:
@@ -259,7 +261,7 @@ class Policy:
             if order not in head.prompts:
                 head.prompts[order] = self._encode_order(item, order, settings, images, head)
         encoded = [head.prompts[order] for order in orders]
-        self._cache[item.id] = head  # last: most recently used
+        self._cache[key] = head  # last: most recently used
         self._cache_bytes += head.nbytes()
         while self._cache_bytes > self._cache_budget:
             self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes()

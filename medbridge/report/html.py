@@ -128,6 +128,7 @@ def render(view: RunView) -> str:
     )
     environment.filters |= {
         "two": two,
+        "signed": _signed,
         "near_one": near_one,
         "percent": _percent,
         "count": lambda value: f"{value:,}",
@@ -150,6 +151,12 @@ def _finalize(value: Any) -> Any:
 def two(value: float | None) -> str:
     """A share with two decimals and a true minus sign; a dash where it isn't known."""
     return "\u2013" if value is None else f"{value:z.2f}".replace("-", "\u2212")
+
+
+def _signed(value: float | None) -> str:
+    """A difference with its sign."""
+    said = two(value)
+    return f"+{said}" if value is not None and float(f"{value:.2f}") > 0 else said
 
 
 def near_one(value: float | None) -> str:

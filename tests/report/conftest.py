@@ -17,7 +17,8 @@ from medbridge.data import Item, Outcome, PromptSettings, grade, permutation
 from medbridge.ledger import Graded, Ledger, VerdictRow
 from medbridge.report import write_report
 from medbridge.rollout.engine import GREEDY, Rollout
-from medbridge.support import GateSettings, Tally, decide, measure
+from medbridge.support import GateSettings, SupportEstimate, Tally, Verdict, item_scores, judge, measure
+from medbridge.support.change import compare, losses
 
 PROMPT = PromptSettings(answer_style="text", system="")
 GATE = GateSettings(replicates=200)
@@ -35,6 +36,7 @@ class Fabricated:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger(self.folder / "run.sqlite")
+        self.standing: tuple[int, dict[str, list[Tally]]] | None = None  # the diagnosis that later ones compare with
         self.random = np.random.default_rng(self.seed)
 
     def describe(self, name: str = "brain demo", **config: Any) -> None:
@@ -98,17 +100,21 @@ class Fabricated:
         model: str = "models/01-format",
         finish: bool = True,
         write: Callable[[Item, str | None, int], str] | None = None,
+        gate: GateSettings = GATE,
+        checks: Mapping[str, Mapping[str, Any]] | None = None,
+        lost: Mapping[str, str] | None = None,
     ) -> None:
         """A diagnosis or evaluation.
 
         `skill`: stratum -> (mean probability of a right sample, how alike the items are in it, share
-        of samples without an answer).
+        of samples without an answer). `checks`: stratum -> check -> what differs from `checked`. `lost`: stratum ->
+        how it lost support, in place of what a comparison after sharpening says.
         """
         split = "test" if kind == "evaluate" else "validation"
         items = self.split(split, skill)
         self.ledger.add_items(items, ["task"])
         stage = self.ledger.begin_stage(
-            round=round, kind=kind, model=model, strata=(), plan={"gate": GATE.model_dump()}
+            round=round, kind=kind, model=model, strata=(), plan={"gate": gate.model_dump()}
         )
         tallies: dict[str, list[Tally]] = {name: [] for name in skill}
         batch: list[Graded] = []
@@ -133,11 +139,14 @@ class Fabricated:
         if not finish:
             return
         self.ledger.save_tallies(stage.stage_id, [tally for own in tallies.values() for tally in own])
+        estimates = {name: measure(own, gate, seed=0) for name, own in tallies.items()}
         rows = []
-        for name, own in tallies.items():
-            estimate = measure(own, GATE, seed=0)
-            verdict = decide(estimate, GATE)
-            rows.append(VerdictRow(name, verdict.kind, verdict.reason, verdict.to_dict(), estimate.to_dict()))
+        for name, verdict in judge(estimates, gate).items():
+            stored, support = verdict.to_dict(), estimates[name].to_dict()
+            if kind == "diagnose":
+                stored["checks"] = checked(estimates[name], verdict, (checks or {}).get(name, {}))
+                support["outlook"] = expected(estimates[name])
+            rows.append(VerdictRow(name, verdict.kind, verdict.reason, stored, support))
         summary: dict[str, Any] = {
             "seconds": 21.4, "rollouts": len(batch), "tokens": 9 * len(batch), "truncated_rate": 0.004,
             "items": len(items),
@@ -147,7 +156,59 @@ class Fabricated:
             summary["baseline"] = {
                 name: {"accuracy": 0.34, "low": 0.26, "high": 0.43, "items": len(own)} for name, own in tallies.items()
             }
+        else:
+            summary |= self._changes(tallies, rows, gate, lost)
+            if not summary.get("lost"):
+                self.standing = (stage.stage_id, tallies)
         self.ledger.finish_stage(stage.stage_id, result_model=None, summary=summary, verdicts=rows)
+
+    def _changes(
+        self,
+        tallies: dict[str, list[Tally]],
+        rows: Sequence[VerdictRow],
+        gate: GateSettings,
+        lost: Mapping[str, str] | None,
+    ) -> dict[str, Any]:
+        """A diagnosis's summary of what changed since the one that stands."""
+        if self.standing is None:
+            return {}
+        since, before = self.standing
+
+        def scores(own: Sequence[Tally]) -> tuple[Any, Any]:
+            found = item_scores(own, gate, self.samples)
+            return found.top, found.bottom
+
+        ks = sorted({1, self.samples})
+        changes = {
+            name: compare(before[name], own, scores=scores, ks=ks, alpha=gate.alpha, replicates=gate.replicates, seed=0)
+            for name, own in tallies.items()
+            if own and before.get(name)
+        }
+        summary: dict[str, Any] = {"since": since, "changes": {n: change.to_dict() for n, change in changes.items()}}
+        trained = [s for s in self.ledger.stages() if s.kind in ("bridge", "sharpen")][-1:]
+        if trained and trained[0].kind == "sharpen":
+            found = {name: f"{name} lost support" for name in losses(changes, gate.alpha)}
+            if lost or found:
+                summary["lost"] = dict(lost or found)
+            summary["forecasts"] = {
+                row.stratum: {
+                    "forecast": {"value": 0.7, "low": 0.55, "high": 0.9, "confidence": 0.9},
+                    "acc_at_1": row.support["acc_at_1"],
+                    "inside": True,
+                }
+                for row in rows
+                if row.stratum in trained[0].strata and row.support["acc_at_1"]
+            }
+        return summary
+
+    def aside(self, kind: str, purpose: str, *, round: int = 0, finish: bool = True) -> None:
+        """A control (blank, shuffled) or a routing (bridge, sharpen), with its summary only."""
+        stage = self.ledger.begin_stage(round=round, kind=kind, model="m", strata=(purpose,), plan={})
+        summary: dict[str, Any] = {"seconds": 5.0, "items": 32, "rollouts": 544, "tokens": 4896, "truncated_rate": 0.0}
+        if kind == "route":
+            summary["routes"] = {"bridge": 5, "sharpen": 9, "anchor": 2, "left_out": 16}
+        if finish:
+            self.ledger.finish_stage(stage.stage_id, result_model=None, summary=summary)
 
     def _sample(
         self,
@@ -239,8 +300,8 @@ class Fabricated:
         return result
 
     def finish(self, reason: str = "every stratum is done") -> None:
-        last = [s for s in self.ledger.stages() if s.kind == "diagnose"][-1]
-        rows = self.ledger.verdicts(last.stage_id)
+        assert self.standing is not None
+        rows = self.ledger.verdicts(self.standing[0])
         self.ledger.set_meta("finished", {"reason": reason})
         self.ledger.set_meta("outcome", {name: {"kind": row.kind, "reason": row.reason} for name, row in rows.items()})
 
@@ -249,6 +310,39 @@ class Fabricated:
         with sqlite3.connect(self.folder / "run.sqlite") as database:
             database.execute(statement, arguments)
         database.close()
+
+
+def checked(estimate: SupportEstimate, verdict: Verdict, differs: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks as a diagnosis stores them: readings that change nothing, and controls on which the model fails."""
+    stored = estimate.to_dict()
+    reading = {name: stored[name] for name in ("items", "support", "acc_at_1", "abstain_rate")} | {"kind": verdict.kind}
+    control = {
+        **reading,
+        "items": min(8, estimate.items),
+        "support": {"value": 0.02, "low": -0.25, "high": 0.3},
+        "kind": "undecided",
+        "visual": {
+            "items": min(8, estimate.items),
+            "support": {"value": 0.5, "low": 0.2, "high": 0.8, "p_loss": 1.0, "p_gain": 0.01, "items": 8},
+            "acc_at_1": {"value": 0.4, "low": 0.1, "high": 0.7, "p_loss": 1.0, "p_gain": 0.02, "items": 8},
+            "confidence": 0.9,
+        },
+    }
+    found = {"strict": reading, "lenient": reading, "blank": control, "shuffled": control}
+    return {name: {**entry, **differs.get(name, {})} for name, entry in found.items()}
+
+
+def expected(estimate: SupportEstimate) -> dict[str, Any] | None:
+    """An outlook as a diagnosis stores it."""
+    if not estimate.items:
+        return None
+    ks = [estimate.n_min, 2 * estimate.n_min, 4 * estimate.n_min]
+    return {
+        "cover": {"value": 0.61, "low": 0.44, "high": 0.79},
+        "reliable_k": ks[-1],
+        "predicted": {"ks": ks, "pass_at_k": [0.91, 0.95, 0.97]},
+        "forecast": {"value": 0.66, "low": 0.47, "high": 0.88, "confidence": 0.9, "ceiling": 0.75, "items": 24},
+    }
 
 
 def completion(item: Item, said: str | None, number: int) -> str:
@@ -303,10 +397,20 @@ def whole_run(folder: Path, *, count: int = 64) -> Fabricated:
     }
     model = run.train("format", list(QUESTIONS), steps=40, model="models/from-nothing")
     run.measure("diagnose", base)
+    for control in ("blank", "shuffled"):
+        run.aside("control", control)
+    run.aside("route", "bridge")
     model = run.train("bridge", ["level", "plane", "rotation"], replay=1, model=model)
     run.measure("diagnose", bridged, round=1, model=model)
+    run.aside("control", "blank", round=1)
     model = run.train("sharpen", ["plane", "rotation", "tissue"], round=1, steps=60, model=model)
-    run.measure("diagnose", sharpened, round=2, model=model)
+    unseen = {"items": 8, "support": {"value": 0.01, "low": -0.2, "high": 0.2}}
+    checks = {
+        "level": {"strict": {"kind": "done", "support": {"value": 0.9, "low": 0.8, "high": 1.0}}},
+        "plane": {"shuffled": {"kind": "bridge"}},
+        "tissue": {"blank": {"visual": unseen}},
+    }
+    run.measure("diagnose", sharpened, round=2, model=model, checks=checks)
     run.measure("evaluate", base, round=2)
     run.measure("evaluate", sharpened, round=2, model=model)
     run.finish("stages per stratum are used up for level")
@@ -346,7 +450,16 @@ def hostile_run(folder: Path) -> Fabricated:
     run.measure("diagnose", skill, write=write, model=HOSTILE)
     model = run.train("bridge", [HOSTILE], steps=3, model=HOSTILE)
     run.measure("diagnose", skill, write=write, round=1, model=model)
+    run.aside("control", HOSTILE, round=1)
+    model = run.train("sharpen", [HOSTILE], steps=3, round=1, model=HOSTILE)
+    differs = {HOSTILE: {"strict": {"kind": HOSTILE, "items": 1}, "blank": {"kind": HOSTILE}}}
+    run.measure("diagnose", skill, write=write, round=2, model=model, checks=differs, lost={HOSTILE: HOSTILE})
     run.finish(HOSTILE)
+    # The checks of the diagnosis that stands.
+    run.sql(
+        "UPDATE verdicts SET verdict = (SELECT verdict FROM verdicts AS other WHERE other.stratum = verdicts.stratum "
+        "ORDER BY stage_id DESC LIMIT 1)"
+    )
     # What the ledger would refuse: lone surrogates, as another tool's JSON may hold them.
     run.sql(
         "UPDATE items SET images = ? WHERE stratum = ?",

@@ -147,6 +147,37 @@ def test_hostile_texts_run_nothing_and_break_nothing(
     assert "<script>window.pwned" in page.locator("h1").inner_text()
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("region", ["Checks", "Changes", "Outlook"])
+def test_wide_tables_scroll_in_their_frame_and_name_their_cells(
+    show: Callable[..., Any], finished_run: Path, tmp_path: Path, width: int, region: str
+) -> None:
+    page = show(write_report(finished_run, tmp_path / "report.html"), width)
+    frame = page.locator(f"[role=region][aria-label={region}]")
+    assert frame.count() == 1 and frame.get_attribute("tabindex") == "0"
+    box = frame.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= width
+    table = frame.locator("table")
+    assert table.locator("caption").inner_text().strip()
+    assert table.locator("thead th:not([scope=col])").count() == 0
+    assert table.locator("tbody th:not([scope=row]):not([scope=rowgroup])").count() == 0
+    # Every row has as many cells as there are columns, those that span several counted so; and fits no other's place.
+    columns = table.locator("thead th").count()
+    grid = table.evaluate("""table => [...table.tBodies].map(body => {
+      const rows = [...body.rows].map(() => 0);
+      [...body.rows].forEach((row, at) => [...row.cells].forEach(cell => {
+        for (let i = 0; i < cell.rowSpan; i++) rows[at + i] += cell.colSpan;
+      }));
+      return rows;
+    })""")
+    assert {count for body in grid for count in body} == {columns} and grid
+    # The stratum stays in sight when a phone's frame is scrolled to its end.
+    frame.evaluate("frame => { frame.scrollLeft = frame.scrollWidth }")
+    name = table.locator(".sticky", has_text="plane").first.bounding_box()
+    assert box["x"] - 1 <= name["x"] and name["x"] + name["width"] <= width
+    assert overflow(page) <= 0
+
+
 def test_an_empty_run_has_a_page(show: Callable[..., Any], fabricate: Callable[..., Any]) -> None:
     page = show(write_report(fabricate().folder), 390)
     assert page.locator("text=Not begun").is_visible()
@@ -163,3 +194,8 @@ def test_sixty_strata_fit_a_phone(show: Callable[..., Any], fabricate: Callable[
     page = show(write_report(run.folder), 390)
     assert overflow(page) <= 0
     assert page.locator("svg.curve").count() == 60
+    checks = page.locator("details", has=page.locator("[aria-label=Checks]"))
+    assert not checks.locator("table").is_visible()
+    checks.locator("summary").click()
+    assert checks.locator("table").is_visible() and checks.locator("tbody").count() == 60
+    assert overflow(page) <= 0

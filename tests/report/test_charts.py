@@ -10,6 +10,7 @@ import pytest
 from markupsafe import Markup
 
 from medbridge.report.charts import (
+    Reached,
     Series,
     figure,
     interval_bar,
@@ -69,13 +70,30 @@ def test_curves_of_any_length(samples: int) -> None:
             (0.4, 0.2, 0.9),
         ),
     ]
-    drawn = pass_at_k_chart(ks, series, [1 - 0.75**k for k in ks], gate_k=4, title=HOSTILE, description=HOSTILE)
+    reached = Reached([0.4] * samples, [0.3] * samples, [0.5] * samples, 0.25)
+    drawn = pass_at_k_chart(
+        ks, series, [1 - 0.75**k for k in ks], gate_k=4, reached=reached, title=HOSTILE, description=HOSTILE
+    )
     svg = numbers_inside(drawn)
+    squares = svg.findall("g[@class='reached']/rect/title")
+    assert [node.text for node in squares] == ["Reached at k = 4: 0.40, by guessing 0.25"] * (samples >= 4)
     labels = [node.text for node in svg.iter("text")]
     on_the_axis = labels[labels.index("Acc@1") :]
     assert all((str(k) in on_the_axis) == (k <= samples) for k in (1, 2, 4, 8, 16, 32, 256))
     assert ("gate k = 4" in labels) == (samples >= 4)
     assert len(drawn) < 12_000
+
+
+@pytest.mark.parametrize("gate_k", [None, 2, 9])
+@pytest.mark.parametrize("level", [None, -2.0, 0.25, 3.0])
+def test_what_the_gate_reads_stays_in_the_frame(gate_k: int | None, level: float | None) -> None:
+    reached = Reached([level, level], [None, level], [None, level], 0.25)
+    svg = numbers_inside(
+        pass_at_k_chart([1, 2], [], [0.25, 0.4], gate_k=gate_k, reached=reached, title="", description="")
+    )
+    lines = svg.findall("g[@class='reached']/line[@class='chance']")
+    assert len(lines) == (level is not None)
+    assert len(svg.findall("g[@class='reached']/rect")) == (level is not None and gate_k == 2)
 
 
 @pytest.mark.parametrize(

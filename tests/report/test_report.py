@@ -16,6 +16,7 @@ import medbridge.report.html
 from medbridge.errors import MedbridgeError
 from medbridge.report import write_report
 from medbridge.report.samples import excerpt
+from medbridge.support import GateSettings
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -122,11 +123,12 @@ def test_a_finished_run_is_told_whole(finished_run: Path) -> None:
     check_self_contained(page, html)
     text = " ".join(page.text.split())
     assert "brain demo" in text and "Finished" in text and "stages per stratum are used up for level" in text
-    assert re.search(r"plane .{0,20}done bridged, then sharpened; Acc@1 0\.\d\d → \d\.\d\d on test items", text)
+    assert re.search(r"plane .{0,20}sharpen bridged, then sharpened; Acc@1 0\.\d\d → \d\.\d\d on test items", text)
     assert "one average brain" in text and "made from nothing" in text
     assert "2.13.0" in text and "format_steps: 40" in text
     assert text.count("replayed items of others") == 1
     assert "most frequent answer" in text and "above base model, intervals apart" in text
+    assert not any(f"{name} not trained" in text for name in ("blank", "shuffled", "bridge"))  # controls aren't strata
     for chart in [a for a in page.all("svg") if "viewbox" in a and "chart" in (a["class"] or "")]:
         assert chart.get("role") == "img" or chart.get("aria-hidden") == "true"
     assert sum("curve" in (a.get("class") or "") for a in page.all("svg")) == 4
@@ -141,7 +143,7 @@ def test_the_reason_and_the_interval_of_each_verdict_are_shown(finished_run: Pat
     page = read(write_report(finished_run))
     text = " ".join(page.text.split())
     assert text.count("Support above the guessing floor at k =") == 8  # base and latest of four strata
-    assert re.search(r"\d\.\d\d to \d\.\d\d at k = 3", text)
+    assert re.search(r"\d\.\d\d to \d\.\d\d at k = 16", text)
     assert "threshold 0.50" in text
 
 
@@ -292,6 +294,8 @@ def test_sixty_strata_and_thousands_of_items_stay_small(fabricate: Callable[...,
     text = " ".join(page.text.split())
     assert re.search(r"60 strata: (\d+ (done|sharpen|bridge|undecided)(, )?)+\.", text)
     assert all(name in text for name in names)
+    summaries = re.findall(r"<summary>([^<]*)</summary>", html)
+    assert "The checks of all 60 strata" in summaries and "The outlook of all 60 strata" in summaries
 
 
 def test_large_pictures_stay_within_the_budget(fabricate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +312,169 @@ def test_large_pictures_stay_within_the_budget(fabricate: Callable[..., Any], mo
     assert "Left out to keep this file small." in page.text
 
 
+# -- checks, changes and the outlook -------------------------------------------------------------------------
+
+
+def between(text: str, start: str, end: str) -> str:
+    """The text of a section, after its heading."""
+    return text.split(start)[1].split(end)[0]
+
+
+def test_the_checks_say_what_changes(finished_run: Path, tmp_path: Path) -> None:
+    page = read(write_report(finished_run, tmp_path / "report.html"))
+    text = between(" ".join(page.text.split()), "where it is 0, the model doesn\u2019t use them. ", "Timeline")
+    assert text.startswith(
+        "Another reading of the answers changes verdicts: level. Other images change verdicts: plane."
+    )
+    assert "No visual support shows (an interval holds 0): tissue. Verdict" in text
+    assert text.count("Strict and lenient reading the same") == 3  # all but level ...
+    assert text.count("Lenient reading the same") == 1 and text.count("Strict reading done changed 24 0.90") == 1
+    assert text.count("Grey images undecided 8") == 4  # doubt on fewer items is no change
+    assert text.count("changed") == 2
+
+
+def test_a_run_in_which_no_check_changes_anything(fabricate: Callable[..., Any]) -> None:
+    run = fabricate(samples=4)
+    run.describe()
+    run.draw("plane", "validation", 10, ("axial", "coronal"), "Which plane?")
+    run.measure("diagnose", {"plane": (0.5, 60, 0.0)})
+    text = " ".join(report(run)[0].text.split())
+    assert "No verdict changes with the reading of the answers. No verdict changes on other images. Visual" in text
+    assert "Visual support shows in every stratum." in text
+
+
+def test_checks_without_controls_say_nothing_of_images(fabricate: Callable[..., Any]) -> None:
+    run = fabricate(samples=4)
+    run.describe()
+    run.draw("plane", "validation", 10, ("axial", "coronal"), "Which plane?")
+    run.measure("diagnose", {"plane": (0.5, 60, 0.0)}, checks={"plane": {"strict": {"kind": "done", "items": 9}}})
+    run.sql("UPDATE verdicts SET verdict = json_remove(verdict, '$.checks.blank', '$.checks.shuffled')")
+    text = " ".join(report(run)[0].text.split())
+    assert "changes verdicts: plane. Verdict" in text and "other images change" not in text.lower()
+
+
+def test_changes_are_signed_and_beside_their_forecast(finished_run: Path, tmp_path: Path) -> None:
+    page = read(write_report(finished_run, tmp_path / "report.html"))
+    text = between(" ".join(page.text.split()), "What each stage changed", "How the measurements were made")
+    assert "Diagnosis 2 since Diagnosis 1" in text and "Diagnosis 3 since Diagnosis 2" in text
+    assert re.search(r"plane 24 \+0\.\d\d .?0\.\d\d to \d\.\d\d", text)
+    assert len(re.findall(r"0\.70 0\.55 to 0\.90 → \d\.\d\d \d\.\d\d to \d\.\d\d", text)) == 3  # those sharpened
+    assert "taken back" not in text
+    measured = between(" ".join(page.text.split()), "How the measurements were made", "Pass@k The share")
+    assert "Control 1 (grey images)" in measured and "Control (exchanged images)" in measured
+    assert "Routing (bridge)" in measured and "includes its controls" in measured
+
+
+def rolled_back(run: Any, names: tuple[str, ...] = ("plane", "level")) -> None:
+    """A run in which sharpening plane cost its support, so that nothing came of it."""
+    run.describe()
+    for split in ("train", "validation"):
+        for name in names:
+            run.draw(name, split, 24, ("axial", "coronal", "sagittal"), "Which?", pictures=1)
+    good = dict.fromkeys(names, (0.75, 9, 0.0))
+    run.measure("diagnose", good)
+    model = run.train("sharpen", ["plane"], steps=4)
+    run.measure("diagnose", good | {"plane": (0.2, 40, 0.0)}, round=1, model=model)
+
+
+def test_sharpening_that_cost_support_is_an_alarm(fabricate: Callable[..., Any]) -> None:
+    run = fabricate()
+    rolled_back(run)
+    page, html = report(run)
+    text = " ".join(page.text.split())
+    alarms = [a for a in page.all("p") if a.get("class") == "alarm"]
+    assert len(alarms) == 1 and alarms[0].get("role") == "alert"
+    assert "Diagnosis 2: sharpening cost support and was taken back. plane lost support. The run went on" in text
+    assert text.count("support lost") == 1 and re.search(r"plane support lost 24 \u2212\d\.\d\d", text)
+    # What counts is the diagnosis of the model that stands; the other is still told.
+    header = text.split("Model models/01-format")
+    assert "plane sharpen sharpened and taken back; Acc@1 0." in header[0] and "level sharpen not trained" in header[0]
+    assert "→ models/02-sharpen" not in header[1].split("Verdicts")[0]
+    assert "Latest" not in between(text, "Verdicts What", "Checks The latest")
+    assert "After sharpen, taken back" in text and "After sharpen of others, taken back" in text
+    assert "Chosen by a fixed rule, not by eye, from “Diagnosis 1”" in text
+    assert html.count('<span class="chip">taken back</span>') == 1
+
+
+def test_the_outlook_is_told(finished_run: Path, tmp_path: Path) -> None:
+    page = read(write_report(finished_run, tmp_path / "report.html"))
+    text = between(" ".join(page.text.split()), "Outlook How", "Cover: share")
+    assert text.count("0.61 0.44 to 0.79") == 4 and text.count("0.95 k = 32, 0.97 k = 64 0.66 0.47 to 0.88") == 4
+    assert "0.91" not in text  # Pass@k at the samples drawn is no forecast
+
+
+@pytest.mark.parametrize("statistic", ["reached", "pass"])
+def test_the_chart_shows_what_the_gate_reads(fabricate: Callable[..., Any], statistic: Any) -> None:
+    run = fabricate(samples=8)
+    run.describe()
+    run.draw("choice", "validation", 12, ("a", "b", "c", "d"), "Which?", pictures=1)
+    run.draw("open", "validation", 12, None, "What?", pictures=1)
+    skill = {"choice": (0.3, 60, 0.0), "open": (0.5, 4, 0.0)}
+    run.measure("diagnose", skill, gate=GateSettings(replicates=200, statistic=statistic))
+    page, html = report(run)
+    text = " ".join(page.text.split())
+    reached = statistic == "reached"
+    assert html.count('<g class="reached">') == (1 if reached else 0)  # on open questions it is Pass@k itself
+    assert ("Reached (guessing: 0.25)" in text) == reached == ("what the gate reads" in text)
+    assert ("where S is Pass@k and F" in text) == (not reached)
+    if reached:
+        share = float(re.findall(r"The gate reads (\d\.\d\d) reached at k = 8 where guessing reaches 0\.25", text)[0])
+        stored = run.ledger.verdicts(1)["choice"].support["support"]["value"]
+        assert share == pytest.approx(0.25 + 0.75 * stored, abs=0.006)
+
+
+@pytest.mark.parametrize("kind", ["control", "route"])
+@pytest.mark.parametrize("done", [True, False])
+def test_a_run_that_stops_beside_a_diagnosis(fabricate: Callable[..., Any], kind: str, done: bool) -> None:
+    run = fabricate(samples=4)
+    run.describe()
+    run.draw("plane", "validation", 10, ("axial", "coronal"), "Which plane?")
+    run.measure("diagnose", {"plane": (0.5, 60, 0.0)}, finish=kind == "route")
+    run.aside(kind, "blank" if kind == "control" else "sharpen", finish=done)
+    text = " ".join(report(run)[0].text.split())
+    said = {
+        ("control", True): "Diagnosis has begun: 40 completions",
+        ("control", False): "Control (grey images) has begun: 0 completions",
+        ("route", True): "Routing (sharpen) is done, and the next stage has not begun",
+        ("route", False): "Routing (sharpen) has begun: 0 completions",
+    }
+    assert said[kind, done] in text and "blank" not in text.split("Configuration")[0]
+
+
+BAD: list[Any] = [None, True, -3, 10**400, "x", [], [None, "x", {}], {}, {"value": "x"}, {"x": [1]}]
+"""JSON of every kind that a record shouldn't be."""
+
+
+@pytest.mark.parametrize("bad", BAD, ids=[json.dumps(bad)[:20] for bad in BAD])
+def test_records_of_the_wrong_type_break_no_report(fabricate: Callable[..., Any], bad: Any) -> None:
+    run = fabricate(samples=4)
+    rolled_back(run)
+    rows = run.ledger._db.execute("SELECT stage_id, stratum, verdict, support FROM verdicts").fetchall()
+    verdict, support = (json.loads(rows[0][column]) for column in (2, 3))
+    summary = json.loads(run.ledger._db.execute("SELECT summary FROM stages WHERE stage_id = 3").fetchone()[0])
+    write = "UPDATE verdicts SET verdict = ?, support = ?"
+    for broken in [*support, None]:
+        run.sql(write, json.dumps(verdict), json.dumps(support | {broken: bad} if broken else bad))
+        report(run)
+    outlooks = [support | {"outlook": support["outlook"] | {name: bad}} for name in support["outlook"]]
+    checks = [verdict | {"checks": {name: bad, "blank": {"visual": bad}}} for name in verdict["checks"]]
+    for one, other in zip(
+        outlooks + [support] * 9, [*checks, verdict | {"checks": bad}, {"more": bad}, bad], strict=False
+    ):
+        run.sql(write, json.dumps(other), json.dumps(one))
+        report(run)
+    for broken in [*summary, None]:
+        run.sql(
+            "UPDATE stages SET summary = ? WHERE stage_id = 3", json.dumps(summary | {broken: bad} if broken else bad)
+        )
+        report(run)
+    changes = summary["changes"]["plane"]
+    for broken in changes:
+        damaged = {"changes": {"plane": changes | {broken: bad}, "level": bad}, "forecasts": {"plane": bad}}
+        run.sql("UPDATE stages SET summary = ? WHERE stage_id = 3", json.dumps(damaged))
+        report(run)
+
+
 # -- hostile texts -------------------------------------------------------------------------------------------
 
 
@@ -320,6 +487,9 @@ def test_hostile_texts_stay_texts(hostile_report: Path) -> None:
     assert "\x00" not in html and "\x1b" not in html
     assert len(html.encode()) < 1_000_000  # although completions are 100 kB each
     assert "characters left out" in page.text
+    alarm = html.split('class="alarm"')[1].split("</p>")[0]
+    assert "&lt;script&gt;" in alarm and "<script>" not in alarm  # the reason of a rollback comes from a stratum's name
+    assert "support lost" in page.text and "changes verdicts" in page.text
 
 
 def test_text_can_not_turn_the_writing_direction_around_it(hostile_report: Path) -> None:
