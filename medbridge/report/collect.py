@@ -47,7 +47,7 @@ _NAMES = {
     "route": "Routing",
 }
 
-_CONTROLS = {"blank": "grey images", "shuffled": "exchanged images"}
+_PURPOSES = {"blank": "grey images", "shuffled": "exchanged images", "bridge": "bridge", "sharpen": "sharpen"}
 
 _QUIET_SECONDS = 900
 """A stage that has begun counts as stopped once nothing was written for this long."""
@@ -247,7 +247,7 @@ def _titles(stages: Sequence[Stage]) -> dict[int, str]:
 def _purpose(stage: Stage) -> str:
     if stage.kind not in ("control", "route"):
         return ""
-    return ", ".join(_CONTROLS.get(name, short(name, 40)) for name in stage.strata)
+    return ", ".join(_PURPOSES[name] for name in stage.strata if name in _PURPOSES)
 
 
 def _undone(stages: Sequence[Stage]) -> set[int]:

@@ -14,7 +14,9 @@ Which errors `alpha` limits, by `error_control`:
 - fwer: the probability of any wrong verdict in a family is at most alpha (Holm 1979).
 
 With sequential evidence, half of alpha goes to it at all looks together, and half to the one look at strata whose
-items were exhausted; by the union bound their errors add up to at most alpha.
+items were exhausted. What the evidence proved counts as a rejection in that look's step-up (p = 0), since the share of
+wrong verdicts is over all that are given: V1 / (R1 + R2) <= V1 / R1, and V2 / (R1 + R2) is held by the step-up. So
+the errors of both add up to at most alpha; for Holm's procedure likewise, by the union bound.
 
 A small stratum that is undecided by itself may get a verdict by partial pooling. The interval behind that is right on
 average over the strata, not for each, and its error comes beside the above. Over the small strata its level is set as
@@ -170,12 +172,14 @@ def _findings(
     evidence = sequential or {}
     level = settings.alpha if sequential is None else (1 - SEQUENTIAL_SHARE) * settings.alpha
     shown = proven(evidence, SEQUENTIAL_SHARE * settings.alpha, settings.error_control)
-    p_values = [
-        # A stratum that was stopped early had its chance.
-        (1.0, 1.0, 1.0) if name in evidence and not evidence[name].exhausted else _p_values(estimate)
-        for name, estimate in estimates.items()
-    ]
     sides: tuple[Claim, ...] = ("below", "above", "at_target")
+    p_values = []
+    for name, estimate in estimates.items():
+        # A stratum that was stopped early had its chance. What is proven is a verdict given: it counts in the step-up.
+        stopped = name in evidence and not evidence[name].exhausted
+        own = (1.0, 1.0, 1.0) if stopped else _p_values(estimate)
+        proved = shown.get(name, frozenset())
+        p_values.append([0.0 if side in proved else p for side, p in zip(sides, own, strict=True)])
     columns = np.array(p_values).reshape(-1, 3).T
     masks = {side: reject(p, level, settings.error_control) for side, p in zip(sides, columns, strict=True)}
     found = {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 import medbridge.report.html
 from medbridge.errors import MedbridgeError
-from medbridge.report import write_report
+from medbridge.report import summarise, write_report
 from medbridge.report.samples import excerpt
 from medbridge.support import GateSettings
 
@@ -54,6 +55,12 @@ class Page(HTMLParser):
 
 def read(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
+
+
+def words(path: Path) -> str:
+    """A report's text, with a space wherever a cell or a small print begins."""
+    html = re.sub(r"<(?:t[dh]|d[dt]|small)\b", r" \g<0>", path.read_text(encoding="utf-8"))
+    return " ".join(Page(html).text.split())
 
 
 def check_self_contained(page: Page, html: str) -> None:
@@ -321,8 +328,8 @@ def between(text: str, start: str, end: str) -> str:
 
 
 def test_the_checks_say_what_changes(finished_run: Path, tmp_path: Path) -> None:
-    page = read(write_report(finished_run, tmp_path / "report.html"))
-    text = between(" ".join(page.text.split()), "where it is 0, the model doesn\u2019t use them. ", "Timeline")
+    text = words(write_report(finished_run, tmp_path / "report.html"))
+    text = between(text, "where it is 0, the model doesn\u2019t use them. ", "Timeline")
     assert text.startswith(
         "Another reading of the answers changes verdicts: level. Other images change verdicts: plane."
     )
@@ -330,7 +337,7 @@ def test_the_checks_say_what_changes(finished_run: Path, tmp_path: Path) -> None
     assert text.count("Strict and lenient reading the same") == 3  # all but level ...
     assert text.count("Lenient reading the same") == 1 and text.count("Strict reading done changed 24 0.90") == 1
     assert text.count("Grey images undecided 8") == 4  # doubt on fewer items is no change
-    assert text.count("changed") == 2
+    assert text.count(" changed ") == 3  # with the note's
 
 
 def test_a_run_in_which_no_check_changes_anything(fabricate: Callable[..., Any]) -> None:
@@ -354,34 +361,34 @@ def test_checks_without_controls_say_nothing_of_images(fabricate: Callable[..., 
 
 
 def test_changes_are_signed_and_beside_their_forecast(finished_run: Path, tmp_path: Path) -> None:
-    page = read(write_report(finished_run, tmp_path / "report.html"))
-    text = between(" ".join(page.text.split()), "What each stage changed", "How the measurements were made")
+    whole = words(write_report(finished_run, tmp_path / "report.html"))
+    text = between(whole, "What each stage changed", "How the measurements were made")
     assert "Diagnosis 2 since Diagnosis 1" in text and "Diagnosis 3 since Diagnosis 2" in text
     assert re.search(r"plane 24 \+0\.\d\d .?0\.\d\d to \d\.\d\d", text)
     assert len(re.findall(r"0\.70 0\.55 to 0\.90 → \d\.\d\d \d\.\d\d to \d\.\d\d", text)) == 3  # those sharpened
     assert "taken back" not in text
-    measured = between(" ".join(page.text.split()), "How the measurements were made", "Pass@k The share")
+    measured = between(whole, "How the measurements were made", "Pass@k The share")
     assert "Control 1 (grey images)" in measured and "Control (exchanged images)" in measured
     assert "Routing (bridge)" in measured and "includes its controls" in measured
 
 
-def rolled_back(run: Any, names: tuple[str, ...] = ("plane", "level")) -> None:
+def rolled_back(run: Any, lost: dict[str, str] | None = None) -> None:
     """A run in which sharpening plane cost its support, so that nothing came of it."""
     run.describe()
     for split in ("train", "validation"):
-        for name in names:
+        for name in ("plane", "level"):
             run.draw(name, split, 24, ("axial", "coronal", "sagittal"), "Which?", pictures=1)
-    good = dict.fromkeys(names, (0.75, 9, 0.0))
+    good = dict.fromkeys(("plane", "level"), (0.75, 9, 0.0))
     run.measure("diagnose", good)
     model = run.train("sharpen", ["plane"], steps=4)
-    run.measure("diagnose", good | {"plane": (0.2, 40, 0.0)}, round=1, model=model)
+    run.measure("diagnose", good | {"plane": (0.2, 40, 0.0)}, round=1, model=model, lost=lost)
 
 
 def test_sharpening_that_cost_support_is_an_alarm(fabricate: Callable[..., Any]) -> None:
     run = fabricate()
     rolled_back(run)
     page, html = report(run)
-    text = " ".join(page.text.split())
+    text = words(run.folder / "report.html")
     alarms = [a for a in page.all("p") if a.get("class") == "alarm"]
     assert len(alarms) == 1 and alarms[0].get("role") == "alert"
     assert "Diagnosis 2: sharpening cost support and was taken back. plane lost support. The run went on" in text
@@ -397,8 +404,8 @@ def test_sharpening_that_cost_support_is_an_alarm(fabricate: Callable[..., Any])
 
 
 def test_the_outlook_is_told(finished_run: Path, tmp_path: Path) -> None:
-    page = read(write_report(finished_run, tmp_path / "report.html"))
-    text = between(" ".join(page.text.split()), "Outlook How", "Cover: share")
+    text = words(write_report(finished_run, tmp_path / "report.html"))
+    text = between(text, "Outlook How", "Cover: share")
     assert text.count("0.61 0.44 to 0.79") == 4 and text.count("0.95 k = 32, 0.97 k = 64 0.66 0.47 to 0.88") == 4
     assert "0.91" not in text  # Pass@k at the samples drawn is no forecast
 
@@ -445,34 +452,41 @@ BAD: list[Any] = [None, True, -3, 10**400, "x", [], [None, "x", {}], {}, {"value
 """JSON of every kind that a record shouldn't be."""
 
 
-@pytest.mark.parametrize("bad", BAD, ids=[json.dumps(bad)[:20] for bad in BAD])
-def test_records_of_the_wrong_type_break_no_report(fabricate: Callable[..., Any], bad: Any) -> None:
+@pytest.mark.parametrize("shift", [0, 3, 7])
+def test_records_of_the_wrong_type_break_no_report(fabricate: Callable[..., Any], shift: int) -> None:
+    kinds = cycle([*BAD[shift:], *BAD[:shift]])
     run = fabricate(samples=4)
-    rolled_back(run)
-    rows = run.ledger._db.execute("SELECT stage_id, stratum, verdict, support FROM verdicts").fetchall()
-    verdict, support = (json.loads(rows[0][column]) for column in (2, 3))
-    summary = json.loads(run.ledger._db.execute("SELECT summary FROM stages WHERE stage_id = 3").fetchone()[0])
-    write = "UPDATE verdicts SET verdict = ?, support = ?"
-    for broken in [*support, None]:
-        run.sql(write, json.dumps(verdict), json.dumps(support | {broken: bad} if broken else bad))
-        report(run)
-    outlooks = [support | {"outlook": support["outlook"] | {name: bad}} for name in support["outlook"]]
-    checks = [verdict | {"checks": {name: bad, "blank": {"visual": bad}}} for name in verdict["checks"]]
-    for one, other in zip(
-        outlooks + [support] * 9, [*checks, verdict | {"checks": bad}, {"more": bad}, bad], strict=False
-    ):
-        run.sql(write, json.dumps(other), json.dumps(one))
-        report(run)
-    for broken in [*summary, None]:
+    rolled_back(run, lost={"plane": "plane lost support"})
+    row = run.ledger.verdicts(1)["plane"]
+    summary = run.ledger.stage(3).summary
+    # One stratum for each entry of a verdict that can be wrong, and one diagnosis for each of a summary.
+    pairs = [(row.verdict, broken) for broken in spoilt(row.support, kinds)]
+    pairs += [(broken, row.support) for broken in spoilt(row.verdict, kinds)]
+    changes = spoilt(summary["changes"]["plane"], kinds)
+    for index, (verdict, support) in enumerate(pairs):
         run.sql(
-            "UPDATE stages SET summary = ? WHERE stage_id = 3", json.dumps(summary | {broken: bad} if broken else bad)
+            "INSERT INTO verdicts VALUES (1, ?, 'bridge', 'why', ?, ?)",
+            f"s{index}", json.dumps(verdict), json.dumps(support),
+        )  # fmt: skip
+    for broken in [*spoilt(summary, kinds), {"changes": {f"s{i}": change for i, change in enumerate(changes)}}]:
+        run.sql(
+            "INSERT INTO stages (round, kind, status, model, strata, plan, started, finished, summary) "
+            "SELECT round, kind, status, model, strata, plan, started, finished, ? FROM stages WHERE stage_id = 3",
+            json.dumps(broken),
         )
-        report(run)
-    changes = summary["changes"]["plane"]
-    for broken in changes:
-        damaged = {"changes": {"plane": changes | {broken: bad}, "level": bad}, "forecasts": {"plane": bad}}
-        run.sql("UPDATE stages SET summary = ? WHERE stage_id = 3", json.dumps(damaged))
-        report(run)
+    text = " ".join(report(run)[0].text.split())
+    assert all(f"s{index} bridge not trained" in text for index in range(len(pairs)))
+    assert "None" not in text.split() and "nan" not in text.lower().split()
+    json.dumps(summarise(run.folder), allow_nan=False)
+
+
+def spoilt(record: Any, kinds: Iterator[Any]) -> list[Any]:
+    """The record with each entry in turn, at any depth of mappings, replaced by the next of kinds; and that alone."""
+    found = [next(kinds)]
+    if isinstance(record, dict):
+        for name, entry in record.items():
+            found += [record | {name: broken} for broken in spoilt(entry, kinds)]
+    return found
 
 
 # -- hostile texts -------------------------------------------------------------------------------------------
