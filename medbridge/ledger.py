@@ -355,6 +355,11 @@ class Ledger:
         ).fetchone()
         return {"items": row[0], "rollouts": row[1], "tokens": int(row[2]), "truncated_rate": row[3] / max(1, row[1])}
 
+    def asked(self, stage_id: int) -> set[str]:
+        """The items of which a stage has any completion. An item's completions are stored all at once."""
+        rows = self._db.execute("SELECT DISTINCT item_id FROM rollouts WHERE stage_id = ?", (stage_id,))
+        return {row[0] for row in rows}
+
     def sampled(self, stage_id: int) -> dict[str, int]:
         """How many samples (the greedy one apart) each item of a stage has."""
         rows = self._db.execute(

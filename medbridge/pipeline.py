@@ -266,7 +266,7 @@ class Run(RunFolder):
         measured = measured_items(self.ledger, stage, strata)
         checks = read_otherwise(self.ledger, stage, measured, self.settings)
         for kind in self.settings.diagnosis.controls:
-            shown = control_items(kind, measured, self.settings, self.folder / "controls")
+            shown = control_items(kind, self.ledger, stage, measured, self.settings, self.folder / "controls")
             if any(shown.values()):
                 control = self._stage_of(stage.round, ("control",), kind) or self._begin(
                     stage.round, "control", stage.model, (kind,)

@@ -194,6 +194,37 @@ def test_a_settled_stratum_stops_and_an_open_one_goes_on_to_its_end(case: Case) 
     assert rows["open"].verdict["more"]["bottleneck"] == "items"
 
 
+def test_where_only_accuracy_is_open_one_greedy_completion_an_item_is_drawn(
+    case: Case, train_items: list[Item], formed: Path, images: ImageCache
+) -> None:
+    """Support is sure after the first look, Acc@1 is right at its target: what follows is asked greedily only."""
+    items = [dataclasses.replace(item, id=f"{item.id}/{copy}") for copy in range(3) for item in train_items]
+    by_tag = {**LOOK, "diagnosis": {"items_per_look": 16, "cluster": ["n"]}}
+    settings = case.settings(**by_tag)
+    case.engine = TransformersEngine(
+        Policy.load(str(formed), settings.model), settings.data.prompt, images, batch_size=64
+    )
+    spread = [dataclasses.replace(item, tags={"n": str(n)}) for n, item in enumerate(items)]
+    rows = []
+    for number, item in enumerate(spread[:16]):
+        request = measurement_request(item, 4, settings.seed)
+        for sample, order in zip(request.samples, request.permutations, strict=True):
+            right = sample != GREEDY or number % 2 == 0
+            rows.append(entry(item.id, sample, "correct" if right else "wrong", 0, "x", order))
+    case.ledger.save_rollouts(case.stage.stage_id, 0, rows)
+    found = case.measure({"all": spread}, **by_tag)["all"]
+    sampled = case.ledger.sampled(case.stage.stage_id)
+    asked = case.ledger.asked(case.stage.stage_id)
+    assert set(sampled) == {item.id for item in spread[:16]}
+    assert len(asked) > 16  # and the rest by one greedy completion each
+    assert found.support["items"] == 16 and found.support["greedy_items"] == len(asked)
+    before = case.ledger.count("rollouts")
+    again = case.measure({"all": spread}, **by_tag)["all"]
+    assert (again.kind, again.support, again.verdict) == (found.kind, found.support, found.verdict)
+    assert case.ledger.count("rollouts") == before
+    assert invalid_strata(case.ledger, case.stage, {"all": spread[: len(asked)]}, case.settings(**by_tag)) == {}
+
+
 def test_a_finite_split_is_settled_when_all_of_it_was_measured(case: Case) -> None:
     items = pool("near", 40)
     case.store(items, lambda i: 4 * (i * 7 % 20 < 9))  # 0.45 of the items: too near to 0.5 to say of others like them

@@ -51,12 +51,16 @@ def read_otherwise(ledger: Ledger, stage: Stage, strata: Strata, settings: RunSe
     return found
 
 
-def control_items(kind: Control, strata: Strata, settings: RunSettings, folder: Path) -> dict[str, list[Item]]:
+def control_items(
+    kind: Control, ledger: Ledger, stage: Stage, strata: Strata, settings: RunSettings, folder: Path
+) -> dict[str, list[Item]]:
     """The items that a control measures, with the images that the model is to see in place of theirs.
 
     Other images come from the same stratum. Items without images, or without others to exchange with, are left out.
     """
-    few = {name: items[: settings.diagnosis.control_items] for name, items in strata.items()}
+    sampled = ledger.sampled(stage.stage_id)
+    most = settings.diagnosis.control_items
+    few = {name: [item for item in items if item.id in sampled][:most] for name, items in strata.items()}
     if kind == "blank":
         return {name: blank(items, folder).items for name, items in few.items()}
     return {name: shuffled(items, settings.seed).items for name, items in few.items()}

@@ -105,7 +105,10 @@ def _until_settled(strata: Mapping[str, _Stratum], sampler: Sampler, settings: R
     open_strata = {name for name, stratum in strata.items() if not stratum.exhausted}
     while open_strata:
         drawn = {name: strata[name].draw() for name in sorted(open_strata)}
-        sampler.complete([*chain.from_iterable(drawn.values())], meter)
+        # where only Acc@1 is open, one greedy completion an item is all that helps
+        enough = [name for name in drawn if (tests := strata[name].tests) is not None and not tests.needs_samples]
+        greedy_only = {item.id for name in enough for item in drawn[name]}
+        sampler.complete([*chain.from_iterable(drawn.values())], meter, greedy_only=greedy_only)
         tested = {name: stratum.tests for name, stratum in strata.items() if stratum.tests}
         for name in tested.keys() & drawn.keys():
             tested[name].add(_counted(sampler, drawn[name], settings))

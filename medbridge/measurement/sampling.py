@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from medbridge.config import RunSettings
 from medbridge.data import Item, grade, permutation
@@ -25,16 +25,30 @@ class Sampler:
         self.settings = settings
         self.samples = samples
         self.greedy = greedy
-        self._done = set(ledger.sampled(stage.stage_id))
+        self._done = ledger.asked(stage.stage_id)
         self._tokens, self._seconds = 0, 0.0
 
-    def complete(self, items: Sequence[Item], meter: Meter, *, shown: Sequence[Item] | None = None) -> None:
-        """Sample what is missing of `items`. `shown`: the same items with the images that the model is to see."""
+    def complete(
+        self,
+        items: Sequence[Item],
+        meter: Meter,
+        *,
+        shown: Sequence[Item] | None = None,
+        greedy_only: Collection[str] = (),
+    ) -> None:
+        """Sample what is missing of `items`.
+
+        Args:
+            shown: the same items with the images that the model is to see.
+            greedy_only: ids of items of which the greedy completion is enough.
+        """
         asked = {item.id: item for item in (shown or items)}
         missing = [item for item in items if item.id not in self._done]
         meter.advance(len(items) - len(missing))
         requests = [
-            measurement_request(asked[item.id], self.samples, self.settings.seed, greedy=self.greedy)
+            measurement_request(
+                asked[item.id], 0 if item.id in greedy_only else self.samples, self.settings.seed, greedy=self.greedy
+            )
             for item in missing
         ]
         by_id = {item.id: item for item in missing}

@@ -30,9 +30,13 @@ def invalid_strata(
 def gather(ledger: Ledger, stage: Stage, items: Sequence[Item], settings: RunSettings) -> Facts:
     """Count the facts of one stratum from its stored completions."""
     stored: dict[str, list[Graded]] = defaultdict(list)
+    answered = set()  # greedily; an item that has this and nothing else was asked for nothing else
     for entry in ledger.rollouts(stage.stage_id, item_ids=[item.id for item in items]):
-        if entry.rollout.sample != GREEDY:
+        if entry.rollout.sample == GREEDY:
+            answered.add(entry.rollout.item_id)
+        else:
             stored[entry.rollout.item_id].append(entry)
+    items = [item for item in items if item.id in stored or item.id not in answered]
     every = [entry for item in items for entry in stored[item.id]]
     samples = settings.diagnosis.samples
     fed = [entry.rollout.images for entry in every]

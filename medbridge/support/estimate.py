@@ -187,8 +187,8 @@ def item_scores(tallies: Sequence[Tally], settings: GateSettings, k: int) -> Sco
 def measure(tallies: Sequence[Tally], settings: GateSettings, *, seed: int) -> SupportEstimate:
     """Estimate support, accuracy and the gap between them from the tallies of one stratum.
 
-    Items without samples (n = 0) are left out. Items may differ in n, in their floor (multiple choice beside
-    open answers) and in whether they have a greedy completion.
+    Items without samples (n = 0) are left out, but for Acc@1, where a greedy completion is enough. Items may differ
+    in n, in their floor (multiple choice beside open answers) and in whether they have a greedy completion.
 
     Args:
         tallies: one per item.
@@ -223,11 +223,15 @@ def measure(tallies: Sequence[Tally], settings: GateSettings, *, seed: int) -> S
 
     greedy = [i for i, tally in enumerate(sampled) if tally.greedy_correct is not None]
     hits = np.array([bool(sampled[i].greedy_correct) for i in greedy], dtype=np.float64)
+    answered = [tally for tally in tallies if tally.greedy_correct is not None]
     acc_at_1 = gap = gap_above_floor = None
     p_done = p_not_done = efficiency = math.nan
+    if answered:
+        right = np.array([bool(tally.greedy_correct) for tally in answered], dtype=np.float64)
+        own = [tally.cluster for tally in answered]
+        acc_at_1, p_not_done, p_done = _mean(right, (0.0, 1.0), own, settings, seed)
     if greedy:
         greedy_clusters = [clusters[i] for i in greedy]
-        acc_at_1, p_not_done, p_done = _mean(hits, (0.0, 1.0), greedy_clusters, settings, seed)
         reachable = passed[greedy, n_min - 1].mean()
         efficiency = float(hits.mean() / reachable) if reachable > 0 else math.nan
         if k is not None:
@@ -250,7 +254,7 @@ def measure(tallies: Sequence[Tally], settings: GateSettings, *, seed: int) -> S
         k_note=k_note,
         support=support,
         acc_at_1=acc_at_1,
-        greedy_items=len(greedy),
+        greedy_items=len(answered),
         accuracy=curves["raw"].at(0) if ks else None,
         abstain_rate=sum(tally.abstained for tally in sampled) / int(n.sum()) if sampled else math.nan,
         gap=gap,

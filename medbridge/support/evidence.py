@@ -116,11 +116,12 @@ class StratumEvidence:
     def add(self, tallies: Iterable[Tally]) -> None:
         """Take in the items of whole clusters, clusters in the order in which they were drawn.
 
-        Items without a greedy completion say nothing of Acc@1.
+        Items without a greedy completion say nothing of Acc@1. Once support is on hold above the threshold
+        (`needs_samples` is false), items need no samples: all that is open is Acc@1.
 
         Raises:
-            ValueError: an item with fewer than k samples, or a cluster that is not whole, was added before or
-                isn't of this pool.
+            ValueError: an item with fewer than k samples where they are needed, or a cluster that is not whole, was
+                added before or isn't of this pool.
         """
         batch = list(tallies)
         sizes = Counter(tally.cluster for tally in batch)
@@ -132,14 +133,20 @@ class StratumEvidence:
                 )
         if not batch:
             return
-        scores = item_scores(batch, self._settings, self._k)
         target = self._settings.accuracy_target
         short = [0.0 if tally.greedy_correct is None else tally.greedy_correct - target for tally in batch]
-        self._support.update(self._by_cluster(scores.top - self._settings.support_threshold * scores.bottom, batch))
+        if self.needs_samples or all(tally.n >= self._k for tally in batch):
+            scores = item_scores(batch, self._settings, self._k)
+            self._support.update(self._by_cluster(scores.top - self._settings.support_threshold * scores.bottom, batch))
         self._accuracy.update(self._by_cluster(np.array(short), batch))
         for cluster in sizes:
             del self._waiting[cluster]
         self.items += len(batch)
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether support is still open; otherwise a greedy completion per item is all that can settle anything."""
+        return "above" not in self._held
 
     def _by_cluster(self, values: Floats, batch: Sequence[Tally]) -> Floats:
         number = {cluster: i for i, cluster in enumerate(dict.fromkeys(tally.cluster for tally in batch))}

@@ -61,6 +61,10 @@ _Outcome = tuple[VerdictKind, str, dict[str, Any] | None]
 _FEWEST_TO_POOL = 3
 """Strata from which the spread between strata can be estimated."""
 
+_POOLED_SHARE = 0.5
+"""Share of alpha for pooled verdicts: the standard error of a small stratum is itself uncertain, and at alpha an end of
+a pooled interval misses in up to 0.08 of the cases (docs/operating-characteristics.md)."""
+
 _NOTABLE_ABSTENTION = 0.2
 """A verdict mentions samples without a readable answer from this share on."""
 
@@ -247,7 +251,7 @@ def _pooled(
 
 
 def _shrunk(values: Floats, errors: Floats, alpha: float) -> list[Measured]:
-    pooled = pool(values, errors, alpha)
+    pooled = pool(values, errors, _POOLED_SHARE * alpha)
     ends = zip(pooled.value.tolist(), pooled.low.tolist(), pooled.high.tolist(), strict=True)
     return [Measured(*each) for each in ends]
 

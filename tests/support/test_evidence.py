@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -263,3 +264,23 @@ def test_a_claim_on_accuracy_needs_support_too(claim: Claim) -> None:
     assert own.claim(claim) == 100
     assert proven({"own": own}, 0.025, "fdr")["own"] == {"above", claim}
     assert proven({}, 0.025, "fdr") == {}
+
+
+def test_once_support_is_above_a_greedy_completion_is_enough() -> None:
+    tallies = stratum([K] * 20 + [0] * 60, 0.0, hits=[i % 5 > 0 for i in range(80)])
+    bare = [replace(tally, n=0, c=0, votes={}) for tally in tallies]
+    tests, whole = empty(tallies), empty(tallies)
+    with pytest.raises(ValueError, match="needs as many"):
+        empty(tallies).add(bare[:1])
+    for own in (tests, whole):
+        own.add(tallies[:20])
+        assert own.needs_samples
+        assert settle({"own": own}, FAST) == {"own": None} and not own.needs_samples
+    tests.add(bare[20:])
+    whole.add(tallies[20:])
+    assert (tests.above, tests.at_target, tests.short_of_target) == (
+        whole.above,
+        whole.at_target,
+        whole.short_of_target,
+    )
+    assert tests.evidence.exhausted and tests.items == 80
