@@ -538,9 +538,7 @@ def test_controls_ask_the_same_questions_of_other_images(
         assert orders.items() <= real.items()
         # and the model does see other images: its log-probabilities differ
         logprobs = {(r.rollout.item_id, r.rollout.sample): r.rollout.logprobs for r in run.ledger.rollouts(1)}
-        same = [
-            np.array_equal(row.rollout.logprobs, logprobs[row.rollout.item_id, row.rollout.sample]) for row in rows
-        ]
+        same = [np.array_equal(row.rollout.logprobs, logprobs[row.rollout.item_id, row.rollout.sample]) for row in rows]
         assert not any(same)
     for row in verdicts.values():
         checks = row.verdict["checks"]

@@ -47,23 +47,30 @@ def run_measurement(
             _until_settled(progress, sampler, settings, meter)
             chosen = {name: stratum.taken for name, stratum in progress.items()}
             evidence = {name: stratum.tests.evidence for name, stratum in progress.items() if stratum.tests}
+            gates = {name: stratum.gate for name, stratum in progress.items()}
         else:
             sampler.complete([*chain.from_iterable(pools.values())], meter)
             chosen, evidence = pools, None
+            gates = dict.fromkeys(pools, settings.gate)
     everything = [*chain.from_iterable(chosen.values())]
     counted = tally_items(ledger, stage.stage_id, everything, settings.diagnosis.cluster)
     tallies = {tally.item_id: tally for tally in counted}
     ledger.save_tallies(stage.stage_id, tallies.values())
     own = {name: [tallies[item.id] for item in items] for name, items in chosen.items()}
-    estimates = {name: measure(held, settings.gate, seed=settings.seed) for name, held in own.items()}
-    verdicts = judge(estimates, settings.gate, evidence)
+    estimates = {name: measure(held, gates[name], seed=settings.seed) for name, held in own.items()}
+    # A stratum that gets no verdict is none of the family over which errors are held.
     invalid = invalid_strata(ledger, stage, chosen, settings)
+    valid = {name: estimate for name, estimate in estimates.items() if name not in invalid}
+    if evidence is not None:
+        evidence = {name: seen for name, seen in evidence.items() if name in valid}
+    verdicts = judge(valid, settings.gate, evidence)
     for name, why in invalid.items():
-        verdicts[name] = replace(verdicts[name], kind="undecided", reason=why, more=None)
+        alone = judge({name: estimates[name]}, settings.gate)[name]
+        verdicts[name] = replace(alone, kind="undecided", reason=why, more=None)
     support = {name: {**estimates[name].to_dict(), "outlook": outlook(own[name], settings)} for name in own}
     return [
         VerdictRow(name, verdict.kind, verdict.reason, verdict.to_dict(), support[name])
-        for name, verdict in verdicts.items()
+        for name, verdict in sorted(verdicts.items())
     ]
 
 
@@ -82,6 +89,8 @@ class _Stratum:
         floors = [item.floor for item in pool]
         k, *_ = gate_k(floors, settings.diagnosis.samples, settings.gate)
         clusters = [cluster_of(item, settings.diagnosis.cluster) for item in pool]
+        # the k of the whole pool, also where the items drawn so far would give another
+        self.gate = settings.gate if settings.gate.statistic == "reached" else settings.gate.model_copy(update={"k": k})
         self.tests = (
             None if k is None else StratumEvidence(settings.gate, k, floors, clusters, finite=settings.diagnosis.finite)
         )

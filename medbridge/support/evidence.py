@@ -145,8 +145,10 @@ class StratumEvidence:
 
     @property
     def needs_samples(self) -> bool:
-        """Whether support is still open; otherwise a greedy completion per item is all that can settle anything."""
-        return "above" not in self._held
+        """Whether support is still open, or too few items were sampled for a verdict; otherwise a greedy completion per
+        item is all that can settle anything.
+        """
+        return "above" not in self._held or self.items < self._settings.min_items
 
     def _by_cluster(self, values: Floats, batch: Sequence[Tally]) -> Floats:
         number = {cluster: i for i, cluster in enumerate(dict.fromkeys(tally.cluster for tally in batch))}

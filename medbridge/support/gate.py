@@ -61,10 +61,6 @@ _Outcome = tuple[VerdictKind, str, dict[str, Any] | None]
 _FEWEST_TO_POOL = 3
 """Strata from which the spread between strata can be estimated."""
 
-_POOLED_SHARE = 0.5
-"""Share of alpha for pooled verdicts: the standard error of a small stratum is itself uncertain, and at alpha an end of
-a pooled interval misses in up to 0.08 of the cases (docs/operating-characteristics.md)."""
-
 _NOTABLE_ABSTENTION = 0.2
 """A verdict mentions samples without a readable answer from this share on."""
 
@@ -152,7 +148,8 @@ def judge(
         for name, estimate in estimates.items()
         if estimate.items >= settings.min_items and estimate.support is not None
     }
-    findings = _pooled(readable, _findings(readable, settings, sequential), settings)
+    level = settings.alpha if sequential is None else (1 - SEQUENTIAL_SHARE) * settings.alpha
+    findings = _pooled(readable, _findings(readable, settings, sequential), settings, level)
     verdicts = {}
     for name, estimate in estimates.items():
         finding = findings.get(name)
@@ -217,9 +214,14 @@ def _level(rejected: NDArray[np.bool_], alpha: float, settings: GateSettings) ->
 
 
 def _pooled(
-    estimates: Mapping[str, SupportEstimate], findings: dict[str, _Finding], settings: GateSettings
+    estimates: Mapping[str, SupportEstimate], findings: dict[str, _Finding], settings: GateSettings, alpha: float
 ) -> dict[str, _Finding]:
-    """Judge small strata that are undecided by themselves once more, by their value shrunk towards the others."""
+    """Judge small strata that are undecided by themselves once more, by their value shrunk towards the others.
+
+    A pooled interval is right on average over all strata, and those judged here are the ones shrunk most: many large
+    strata could pull a small one across the threshold. So its own p-value must be at most `alpha` too. What pooling
+    relaxes is the correction for the number of strata.
+    """
     small = {
         name: index
         for index, (name, estimate) in enumerate(estimates.items())
@@ -236,7 +238,11 @@ def _pooled(
         level = settings.alpha * count / len(small)
         intervals = _shrunk(values, errors, level)
         sides = {name: _side(intervals[index], settings.support_threshold) for name, index in small.items()}
-        decided = {name: side for name, side in sides.items() if side is not None}
+        decided = {
+            name: side
+            for name, side in sides.items()
+            if side is not None and getattr(estimates[name], f"p_{side}") <= alpha
+        }
         if not decided:
             return findings
         if settings.error_control != "fdr" or len(decided) >= count:
@@ -251,7 +257,7 @@ def _pooled(
 
 
 def _shrunk(values: Floats, errors: Floats, alpha: float) -> list[Measured]:
-    pooled = pool(values, errors, _POOLED_SHARE * alpha)
+    pooled = pool(values, errors, alpha)
     ends = zip(pooled.value.tolist(), pooled.low.tolist(), pooled.high.tolist(), strict=True)
     return [Measured(*each) for each in ends]
 
@@ -275,6 +281,13 @@ def _outcome(estimate: SupportEstimate, finding: _Finding, settings: GateSetting
             None,
         )
     if "above" not in finding.claims:
+        if finding.level * (settings.replicates + 1) < 1:
+            # no p-value can be that small, whatever the items say
+            enough = math.ceil(1 / finding.level)
+            cure = (
+                f"{settings.replicates} bootstrap replicates can't tell more; set gate.replicates to {enough} or more"
+            )
+            return "undecided", f"{read}, {_doubt(estimate, finding, settings)}: {cure}.{remarks}", None
         more = what_would_decide(estimate, settings, finding.level)
         return "undecided", f"{read}, {_doubt(estimate, finding, settings)}: {_ask(more)}.{remarks}", more
     accuracy = estimate.acc_at_1

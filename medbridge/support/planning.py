@@ -36,6 +36,8 @@ def what_would_decide(estimate: SupportEstimate, settings: GateSettings, level: 
     """
     if estimate.support is None:
         raise ValueError("estimate has no support: there is nothing to decide")
+    if level * (settings.replicates + 1) < 1:
+        raise ValueError(f"level = {level:g} is below what {settings.replicates} replicates can tell")
     support, threshold = estimate.support, settings.support_threshold
     distance = abs(support.value - threshold)
     width = support.value - support.low if support.value > threshold else support.high - support.value

@@ -81,6 +81,6 @@ class GateSettings(BaseModel):
         ge=100,
         le=1_000_000,
         description="Bootstrap replicates behind each interval. No p-value is below 1 / (replicates + 1): judging "
-        "many strata together may need up to strata / alpha of them.",
+        "many strata together may need up to 2 strata / alpha of them.",
     )
     min_items: int = Field(8, ge=1, description="With fewer items than this, a stratum is undecided whatever they say.")

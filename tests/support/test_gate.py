@@ -225,20 +225,23 @@ def test_the_false_discovery_rate_over_strata(above: float) -> None:
 
 
 def strata_alike(own: SupportEstimate, count: int = 30) -> dict[str, SupportEstimate]:
-    """A stratum beside many that are surely and equally weak."""
-    other = replace(estimate_with(p_below=0.0005), support=Measured(0.2, 0.15, 0.25), standard_error=0.03)
+    """A stratum beside many that are alike, and that no p-value proves anything of."""
+    other = replace(estimate_with(p_below=0.3), support=Measured(0.2, 0.15, 0.25), standard_error=0.03)
     return {"own": own, **{f"s{i}": other for i in range(count)}}
 
 
 SMALL = replace(
-    estimate_with(p_below=0.2), items=20, support=Measured(0.35, 0.05, 0.65), standard_error=0.18, greedy_items=20
+    estimate_with(p_below=0.04), items=20, support=Measured(0.35, 0.05, 0.65), standard_error=0.18, greedy_items=20
 )
 
 
 def test_a_small_stratum_borrows_from_the_others() -> None:
-    assert decide(SMALL, FAST).kind == "undecided"
+    """By itself it is sure, among 31 it isn't; that the others are alike makes up for their number, and only for that."""
+    assert decide(SMALL, FAST).kind == "bridge"
     verdict = judge(strata_alike(SMALL), FAST)["own"]
     assert (verdict.kind, verdict.pooled) == ("bridge", True)
+    unsure = judge(strata_alike(replace(SMALL, p_below=0.06)), FAST)["own"]
+    assert (unsure.kind, unsure.pooled) == ("undecided", False)
     assert "undecided by itself. Pooled with the other 30 strata" in verdict.reason
     assert verdict.to_dict()["pooled"] is True
 
@@ -258,8 +261,8 @@ def test_when_nothing_is_borrowed(change: dict, count: int, chosen: dict) -> Non
 
 
 def test_a_pooled_stratum_above_the_threshold() -> None:
-    other = replace(estimate_with(p_above=0.0005), support=Measured(0.9, 0.85, 0.95), standard_error=0.03)
-    small = replace(SMALL, support=Measured(0.7, 0.4, 1.0), p_below=0.9, p_above=0.2)
+    other = replace(estimate_with(p_above=0.3), support=Measured(0.9, 0.85, 0.95), standard_error=0.03)
+    small = replace(SMALL, support=Measured(0.7, 0.4, 1.0), p_below=0.9, p_above=0.04)
     for p_done, kind in ((0.01, "done"), (0.5, "sharpen")):
         strata = {"own": replace(small, p_done=p_done), **{f"s{i}": other for i in range(30)}}
         found = judge(strata, FAST)["own"]
@@ -468,3 +471,30 @@ def test_every_setting_is_described() -> None:
 def test_impossible_tallies_are_refused(changed: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"item 'a': .*{message}"):
         Tally(**{"item_id": "a", "cluster": "a", "floor": 0.25, "n": 4, "c": 1, **changed})
+
+
+def test_many_large_strata_do_not_pull_a_small_one_across() -> None:
+    """Pooling may relax the correction for the number of strata; it may not replace a stratum's own evidence."""
+    generator = np.random.default_rng(3)
+
+    def stratum(items: int, share: float) -> list[Tally]:
+        reached = generator.random(items) < share
+        return [Tally(f"i{n}", f"i{n}", 0.0, 16, 16 * bool(hit), greedy_correct=False) for n, hit in enumerate(reached)]
+
+    settings, wrong = GateSettings(replicates=300), 0
+    for _ in range(60):
+        pools = {f"large {n}": stratum(200, 0.4) for n in range(10)} | {"small": stratum(20, 0.5)}
+        estimates = {name: measure(pool, settings, seed=0) for name, pool in pools.items()}
+        wrong += judge(estimates, settings)["small"].kind == "bridge"
+    assert wrong <= 7  # 0.05 of 60 is 3; without its own p-value about 20
+
+
+def test_levels_that_no_replicate_can_reach_are_said() -> None:
+    pool = [Tally(f"i{n}", f"i{n}", 0.0, 8, 0, greedy_correct=False) for n in range(100)]
+    settings = GateSettings(replicates=200, error_control="fwer")
+    estimate = measure(pool, settings, seed=0)
+    verdicts = judge({f"s{n}": estimate for n in range(40)}, settings)
+    assert {verdict.kind for verdict in verdicts.values()} == {"undecided"}
+    assert "set gate.replicates to 800 or more" in verdicts["s0"].reason and verdicts["s0"].more is None
+    assert judge({f"s{n}": measure(pool, GateSettings(replicates=900, error_control="fwer"), seed=0) for n in range(3)},
+                 GateSettings(replicates=900, error_control="fwer"))["s0"].kind == "bridge"  # fmt: skip
