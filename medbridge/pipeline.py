@@ -221,7 +221,7 @@ class Run(RunFolder):
             rows = run_measurement(
                 self.ledger, stage, engine, strata, self.settings, self.reporter,
                 limit=self.settings.diagnosis.max_items_per_stratum, sequential=self.settings.diagnosis.sequential,
-                at_least={tally.item_id for tally in again},
+                at_least={tally.item_id for tally in again if tally.n},
             )  # fmt: skip
             rows = self._check(stage, engine, strata, rows)
             summary = {} if before is None else compare_stages(self.ledger, before, stage, strata, self.settings)
@@ -309,7 +309,9 @@ class Run(RunFolder):
             items = [item for item in items if item.trace]
             if not items:
                 raise MedbridgeError("sft.source is traces, and no training item has one. Use auto or answers.")
-        items = self._routed(round, "bridge", model if stage is None else stage.model, items)
+        if stage is not None:  # begun: its own model and strata, and the routing made for it
+            model, strata = stage.model, stage.strata
+        items = self._routed(round, "bridge", model, strata, items)
         stage = stage or self._begin(round, "bridge", model, strata)  # only now: nothing above can fail any more
         examples: Examples = self._answers(items)
         if settings.source == "rejection":
@@ -370,7 +372,9 @@ class Run(RunFolder):
         if stage is not None and stage.status == "done":
             return _result(stage)
         items, _ = self._training_items(strata if stage is None else stage.strata, reserved=True)
-        items = self._routed(round, "sharpen", model if stage is None else stage.model, items)
+        if stage is not None:  # begun: its own model and strata, and the routing made for it
+            model, strata = stage.model, stage.strata
+        items = self._routed(round, "sharpen", model, strata, items)
         stage = stage or self._begin(round, "sharpen", model, strata)
         by_id = {item.id: item for item in items}
         settings = self.settings.rl
@@ -440,12 +444,14 @@ class Run(RunFolder):
         shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
         return done
 
-    def _routed(self, round: int, kind: str, model: str, items: list[Item]) -> list[Item]:
+    def _routed(self, round: int, kind: str, model: str, strata: Sequence[str], items: list[Item]) -> list[Item]:
         """The training items that a stage of this kind can use, by what the model makes of them now."""
         settings = self.settings.routing
         if settings.samples == 0:
             return items
-        stage = self._stage_of(round, ("route",)) or self._begin(round, "route", model, (kind,))
+        wanted_for = (kind, *strata)
+        begun = [s for s in self.ledger.stages() if s.round == round and s.kind == "route" and s.strata == wanted_for]
+        stage = begun[0] if begun else self._begin(round, "route", model, wanted_for)
         if stage.status == "running":
             sampler = Sampler(
                 self.ledger, stage, self._engine(stage.model), self.settings, samples=settings.samples, greedy=False

@@ -23,6 +23,7 @@ from medbridge.measurement import measurement_request
 from medbridge.model import Policy
 from medbridge.pipeline import Run
 from medbridge.progress import Reporter
+from medbridge.report import write_report
 from medbridge.rollout import GREEDY, Graded, Rollout
 from medbridge.run_folder import environment
 from medbridge.support.routing import route
@@ -544,6 +545,8 @@ def test_controls_ask_the_same_questions_of_other_images(
         checks = row.verdict["checks"]
         assert list(checks) == ["strict", "lenient", "blank", "shuffled"]
         assert checks["strict"]["items"] == 6 and checks["blank"]["items"] == checks["blank"]["visual"]["items"] == 4
+    page = write_report(run.folder).read_text()
+    assert "Outlook" in page and "rey images" in page and "Strict and lenient reading" in page
     grey = list((run.folder / "controls").glob("*.png"))
     assert [path.name for path in grey] == ["blank-28x28.png"]
     before = counts(run.ledger)
@@ -558,7 +561,7 @@ def test_training_items_are_routed_by_what_the_model_makes_of_them(open_run: Cal
     run = open_run(model={"path": str(formed)}, routing={"samples": 6})
     run.train_once("bridge", ["shade", "side"])
     routed, bridged = run.ledger.stages()
-    assert (routed.kind, routed.strata, bridged.kind) == ("route", ("bridge",), "bridge")
+    assert (routed.kind, routed.strata, bridged.kind) == ("route", ("bridge", "shade", "side"), "bridge")
     tallies = run.ledger.tallies(routed.stage_id)
     assert {tally.n for tally in tallies} == {6} and all(
         tally.item_id.startswith("squares/train/") for tally in tallies
@@ -574,12 +577,43 @@ def test_training_items_are_routed_by_what_the_model_makes_of_them(open_run: Cal
     assert trained <= {*routes.bridge, *routes.anchor}
 
 
+def test_a_routing_left_behind_serves_its_own_strata_only(open_run: Callable[..., Run], formed: Path) -> None:
+    run = open_run(model={"path": str(formed)}, routing={"samples": 6})
+    items = [item for item in run.items.split("train") if item.tags["task"] == "shade"]
+    run._routed(0, "bridge", run.base_model(), ("shade",), items)  # and then the process was killed
+    run.train_once("bridge", ["side"])
+    assert [(stage.kind, stage.strata) for stage in run.ledger.stages()] == [
+        ("route", ("bridge", "shade")), ("route", ("bridge", "side")), ("bridge", ("side",)),
+    ]  # fmt: skip
+    assert run.ledger.stages()[-1].summary["items"] > 0
+
+
+def test_a_run_whose_data_moved_goes_on(
+    open_run: Callable[..., Run], formed: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The images' absolute paths neither order the items nor keep two measurements from being compared."""
+    source: dict[str, Any] = {"kind": "jsonl", "path": "squares"}
+    orders = []
+    for base in ("here", "there"):
+        shutil.copytree(tiny_data, tmp_path / base / "squares")
+        settings = open_run(base, model={"path": str(formed)}).settings
+        data = settings.data.model_copy(update={"sources": [type(settings.data.sources[0])(**source)]})
+        run = Run(
+            tmp_path / "moved" / base, settings.model_copy(update={"data": data}), base_dir=tmp_path / base,
+            reporter=Reporter(Console(file=(tmp_path / "log").open("a"))),
+        )  # fmt: skip
+        strata = run._split("validation")
+        orders.append({name: [item.id for item in items] for name, items in strata.items()})
+        run.close()
+    assert orders[0] == orders[1]
+
+
 def test_a_route_with_nothing_to_teach_uses_all_items_and_says_so(
     open_run: Callable[..., Run], formed: Path, tmp_path: Path
 ) -> None:
     run = open_run(model={"path": str(formed)}, routing={"samples": 2})
     items = [item for item in run.items.split("train") if item.tags["task"] == "side"]
-    stage = run._begin(0, "route", run.base_model(), ("sharpen",))
+    stage = run._begin(0, "route", run.base_model(), ("sharpen", "side"))
     for item in items:  # never right: nothing to sharpen
         rows = []
         for number in range(2):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from medbridge.config import RunSettings
 from medbridge.data import Item
 from medbridge.ledger import Ledger, Stage
-from medbridge.support import GateSettings, Tally, item_scores
+from medbridge.measurement.order import cluster_of
+from medbridge.support import GateSettings, Tally, gate_k, item_scores
 from medbridge.support.change import Change, Scores, compare, losses
 
 
@@ -20,20 +22,23 @@ def compare_stages(
 
     Returns:
         "since": the earlier stage's id; "changes": `Change.to_dict` by stratum; "lost": the strata whose support fell
-        significantly, with the numbers in words; "forecast": by stratum what the earlier stage forecast of Acc@1 and
-        what came out.
+        significantly, with the numbers in words.
     """
     stratum_of = {item.id: name for name, items in strata.items() for item in items}
+    # by the data as it lies now: images may have moved between the two stages
+    cluster = {item.id: cluster_of(item, settings.diagnosis.cluster) for items in strata.values() for item in items}
     held: dict[str, tuple[list[Tally], list[Tally]]] = defaultdict(lambda: ([], []))
     for place, stage in enumerate((before, after)):
         for tally in ledger.tallies(stage.stage_id):
             if tally.item_id in stratum_of and tally.n:
-                held[stratum_of[tally.item_id]][place].append(tally)
-    changes = {
-        name: _compare(old, new, settings)
-        for name, (old, new) in sorted(held.items())
-        if {tally.item_id for tally in old} & {tally.item_id for tally in new}
-    }
+                moved = replace(tally, cluster=cluster[tally.item_id])
+                held[stratum_of[tally.item_id]][place].append(moved)
+    changes = {}
+    for name, (old, new) in sorted(held.items()):
+        if {tally.item_id for tally in old} & {tally.item_id for tally in new}:
+            change = _compare(old, new, settings)
+            if change is not None:
+                changes[name] = change
     lost = losses(changes, settings.gate.alpha)
     return {
         "since": before.stage_id,
@@ -42,10 +47,14 @@ def compare_stages(
     }
 
 
-def _compare(before: Sequence[Tally], after: Sequence[Tally], settings: RunSettings) -> Change:
+def _compare(before: Sequence[Tally], after: Sequence[Tally], settings: RunSettings) -> Change | None:
+    """At the gate's own k; None where support can't be read."""
     most = min(tally.n for tally in (*before, *after))
+    k, *_ = gate_k([tally.floor for tally in before], most, settings.gate)
+    if k is None:
+        return None
     return compare(
-        before, after, scores=scores_at(settings.gate, most), ks=sorted({1, most}), alpha=settings.gate.alpha,
+        before, after, scores=scores_at(settings.gate, k), ks=sorted({1, most}), alpha=settings.gate.alpha,
         replicates=settings.gate.replicates, seed=settings.seed, tolerated=settings.budget.tolerated_loss,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from medbridge.measurement.counting import count, tally_items
 from medbridge.measurement.sampling import Sampler
 from medbridge.progress import Reporter
 from medbridge.rollout import Engine
-from medbridge.support import Tally, judge, measure
+from medbridge.support import Evidence, Tally, gate_k, judge, measure
 from medbridge.support.change import visual_support
 
 Control = Literal["blank", "shuffled"]
@@ -82,20 +82,24 @@ def run_control(
     sampler = Sampler(ledger, control, engine, settings, samples=settings.diagnosis.samples)
     with reporter.task(f"control: {control.strata[0]} images", len(everything), "items") as meter:
         sampler.complete([by_id[item.id] for item in everything], meter, shown=everything)
-    found = {}
+    tallies = {}
     for name, items in shown.items():
         own = [by_id[item.id] for item in items]  # tallied with the clusters of the real images
-        if not own:
-            continue
-        tallies = tally_items(ledger, control.stage_id, own, settings.diagnosis.cluster)
-        ledger.save_tallies(control.stage_id, tallies)
+        if own:
+            tallies[name] = tally_items(ledger, control.stage_id, own, settings.diagnosis.cluster)
+            ledger.save_tallies(control.stage_id, tallies[name])
+    found = _judged(tallies, settings)
+    for name, counted in tallies.items():
+        own = [by_id[tally.item_id] for tally in counted]
         real = tally_items(ledger, stage.stage_id, own, settings.diagnosis.cluster)
-        found[name] = _judged({name: tallies}, settings)[name] | {"visual": _visual(real, tallies, settings)}
+        found[name]["visual"] = _visual(real, counted, settings)
     return found
 
 
 def _judged(tallies: Mapping[str, Sequence[Tally]], settings: RunSettings) -> dict[str, dict[str, Any]]:
     estimates = {name: measure(own, settings.gate, seed=settings.seed) for name, own in tallies.items()}
+    # at the level of the verdicts' own last look
+    evidence: dict[str, Evidence] | None = {} if settings.diagnosis.sequential else None
     return {
         name: {
             "kind": verdict.kind,
@@ -104,15 +108,18 @@ def _judged(tallies: Mapping[str, Sequence[Tally]], settings: RunSettings) -> di
             "acc_at_1": None if (accuracy := estimates[name].acc_at_1) is None else accuracy.to_dict(),
             "abstain_rate": estimates[name].abstain_rate,
         }
-        for name, verdict in judge(estimates, settings.gate).items()
+        for name, verdict in judge(estimates, settings.gate, evidence).items()
     }
 
 
-def _visual(real: Sequence[Tally], control: Sequence[Tally], settings: RunSettings) -> dict[str, Any]:
+def _visual(real: Sequence[Tally], control: Sequence[Tally], settings: RunSettings) -> dict[str, Any] | None:
     """Support and Acc@1 of the real images minus the control's, on the same items."""
     most = min(tally.n for tally in (*real, *control))
+    k, *_ = gate_k([tally.floor for tally in real], most, settings.gate)
+    if k is None:
+        return None
     change = visual_support(
-        real, control, scores=scores_at(settings.gate, most), ks=[most], alpha=settings.gate.alpha,
+        real, control, scores=scores_at(settings.gate, k), ks=[most], alpha=settings.gate.alpha,
         replicates=settings.gate.replicates, seed=settings.seed,
     )  # fmt: skip
     whole = change.to_dict()

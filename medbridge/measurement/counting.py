@@ -28,7 +28,8 @@ def stored_outcomes(
 
 def tally_items(ledger: Ledger, stage_id: int, items: Iterable[Item], cluster: Sequence[str]) -> list[Tally]:
     """Count the stored outcomes of a measuring stage per item, in the order of `items`."""
-    return count(stored_outcomes(ledger, stage_id), items, cluster)
+    chosen = list(items)
+    return count(stored_outcomes(ledger, stage_id, [item.id for item in chosen]), chosen, cluster)
 
 
 def count(outcomes: Outcomes, items: Iterable[Item], cluster: Sequence[str]) -> list[Tally]:

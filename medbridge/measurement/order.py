@@ -22,14 +22,18 @@ def by_stratum(
 ) -> dict[str, list[Item]]:
     """Items of each stratum in a seeded order of whole clusters; strata sorted by name.
 
-    A prefix that ends between two clusters is a random sample of clusters.
+    A prefix that ends between two clusters is a random sample of clusters. The order goes by item ids, so that it stays
+    where the data lies elsewhere.
     """
     strata: dict[str, list[Item]] = defaultdict(list)
+    first: dict[str, str] = {}  # of a cluster, its smallest item id
     for item in items:
         strata[item.stratum(keys)].append(item)
+        name = cluster_of(item, cluster)
+        first[name] = min(first.get(name, item.id), item.id)
 
     def rank(item: Item) -> tuple[bytes, bytes]:
-        return _hash(seed, cluster_of(item, cluster)), _hash(seed, item.id)
+        return _hash(seed, first[cluster_of(item, cluster)]), _hash(seed, item.id)
 
     return {name: sorted(strata[name], key=rank) for name in sorted(strata)}
 

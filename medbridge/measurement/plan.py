@@ -58,11 +58,10 @@ def run_measurement(
     ledger.save_tallies(stage.stage_id, tallies.values())
     own = {name: [tallies[item.id] for item in items] for name, items in chosen.items()}
     estimates = {name: measure(held, gates[name], seed=settings.seed) for name, held in own.items()}
-    # A stratum that gets no verdict is none of the family over which errors are held.
+    # A stratum that gets no verdict is none of the family that is looked at last. Its evidence stays in, so that what
+    # was settled beside it while sampling stays settled.
     invalid = invalid_strata(ledger, stage, chosen, settings)
     valid = {name: estimate for name, estimate in estimates.items() if name not in invalid}
-    if evidence is not None:
-        evidence = {name: seen for name, seen in evidence.items() if name in valid}
     verdicts = judge(valid, settings.gate, evidence)
     for name, why in invalid.items():
         alone = judge({name: estimates[name]}, settings.gate)[name]

@@ -236,7 +236,7 @@ SMALL = replace(
 
 
 def test_a_small_stratum_borrows_from_the_others() -> None:
-    """By itself it is sure, among 31 it isn't; that the others are alike makes up for their number, and only for that."""
+    """By itself it is sure, among 31 it isn't; that the others are alike makes up for their number, and no more."""
     assert decide(SMALL, FAST).kind == "bridge"
     verdict = judge(strata_alike(SMALL), FAST)["own"]
     assert (verdict.kind, verdict.pooled) == ("bridge", True)
