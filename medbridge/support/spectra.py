@@ -428,7 +428,7 @@ def cover_interval(
         np.asarray(n)[room],
         np.asarray(c)[room],
         fit,
-        clusters=[clusters[i] for i in room],
+        clusters=[clusters[i] for i in room.tolist()],
         alpha=alpha,
         seed=seed,
         replicates=replicates,
