@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+import medbridge.model  # noqa: F401  (first: it prepares torchvision before transformers is imported)
 from medbridge.rollout.engine import GREEDY, Engine, Graded, Request, Rollout, SamplingSettings
 from medbridge.rollout.transformers import TransformersEngine
 
