@@ -21,7 +21,7 @@ from medbridge.train import RlSettings, SftSettings
 
 
 class DiagnosisSettings(BaseModel):
-    """Which items are measured, how often, and when sampling goes on."""
+    """Which items are measured, how often, when sampling goes on, and when a stage is taken back."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,6 +48,13 @@ class DiagnosisSettings(BaseModel):
         "support that stays is not read from the image.",
     )
     control_items: int = Field(32, ge=1, description="Most items per stratum that a control measures.")
+    tolerated_loss: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Loss of support, in any stratum, that a sharpen stage may cause; a significantly larger one rolls "
+        "the run back to the model before.",
+    )
     test_split: SplitName | None = Field(
         "test", description="Held-out split measured once before and once after; null measures none."
     )
@@ -64,20 +71,13 @@ class DiagnosisSettings(BaseModel):
 
 
 class BudgetSettings(BaseModel):
-    """When the loop stops although some stratum is not done, and when it takes a stage back."""
+    """When the loop stops although some stratum is not done."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     stages: int = Field(8, ge=0, description="Most training stages of a run.")
     bridges_per_stratum: int = Field(3, ge=0, description="Most bridge stages a stratum takes part in.")
     sharpens_per_stratum: int = Field(3, ge=0, description="Most sharpen stages a stratum takes part in.")
-    tolerated_loss: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Loss of support, in any stratum, that a sharpen stage may cause; a significantly larger one rolls "
-        "the run back to the model before.",
-    )
     minutes: float | None = Field(
         None, gt=0, description="Minutes of work, summed over resumed runs, after which no stage is begun."
     )

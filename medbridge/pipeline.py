@@ -7,7 +7,6 @@ depend on stored verdicts only, come out as before.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections import Counter
@@ -37,7 +36,7 @@ from medbridge.measurement import (
 from medbridge.model import Policy, init_model
 from medbridge.rollout import Engine, Graded, Request, SamplingSettings, TransformersEngine
 from medbridge.run_folder import RunFolder
-from medbridge.support.routing import route
+from medbridge.support.routing import hashed_fraction, route
 from medbridge.train import Example, train_rl, train_sft
 from medbridge.train.examples import Accepted, Answers, RandomAnswers
 from medbridge.train.rewards import reward
@@ -493,7 +492,7 @@ class Run(RunFolder):
         return [
             item
             for item in self.items.split("train")
-            if share == 0 or (_fraction(self.settings.seed, item.id) < share) == reserved
+            if share == 0 or (hashed_fraction("reserve", self.settings.seed, item.id) < share) == reserved
         ]
 
     # -- small things --------------------------------------------------------------------------------------
@@ -511,7 +510,8 @@ class Run(RunFolder):
         )
 
     def _begin(self, round: int, kind: str, model: str, strata: Sequence[str]) -> Stage:
-        sections = {"format": ["sft"], "bridge": ["sft"], "sharpen": ["rl"]}.get(kind, ["diagnosis", "gate"])
+        own = {"format": ["sft"], "bridge": ["sft"], "sharpen": ["rl"], "route": ["routing"]}
+        sections = own.get(kind, ["diagnosis", "gate", "guard"])
         plan = self.settings.model_dump(mode="json", include=set(sections))
         return self.ledger.begin_stage(round=round, kind=kind, model=model, strata=strata, plan=plan)
 
@@ -545,12 +545,6 @@ class Run(RunFolder):
 def item_texts(item: Item) -> list[str]:
     """The texts of an item that a tokenizer should know."""
     return [item.question, item.answer, *(item.options or ()), *([item.trace] if item.trace else [])]
-
-
-def _fraction(seed: int, item_id: str) -> float:
-    """A number in [0, 1) that depends on the arguments only."""
-    digest = hashlib.blake2b(f"reserve|{seed}|{item_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
 
 
 def _result(stage: Stage) -> str:

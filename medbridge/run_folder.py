@@ -81,9 +81,7 @@ class RunFolder:
         old = self.ledger.meta("config")
         if old is not None:
             free = {"name", "budget", "tensorboard"}  # may change: they decide how far a run goes, not what it finds
-            changed = [
-                key for key in _differences(old, new) if key.split(".")[0] not in free or key == "budget.tolerated_loss"
-            ]
+            changed = [key for key in _differences(old, new) if key.split(".")[0] not in free]
             if changed and self.ledger.stages():
                 raise MedbridgeError(
                     f"{self.folder}: this run was begun with other settings ({', '.join(changed[:8])}). Its results "

@@ -495,7 +495,7 @@ def test_sharpening_that_costs_support_is_taken_back(open_run: Callable[..., Run
 
 
 def test_bridging_is_compared_too_but_never_taken_back(open_run: Callable[..., Run], formed: Path) -> None:
-    run = open_run(model={"path": str(formed)})
+    run = open_run(model={"path": str(formed)}, diagnosis={"tolerated_loss": 0.25})
     base = run.base_model()
     pretend(run, 0, base, lambda item, number: True)
     run.diagnose(0, base)
@@ -504,6 +504,7 @@ def test_bridging_is_compared_too_but_never_taken_back(open_run: Callable[..., R
     run.diagnose(1, bridged)
     after = run.ledger.stages()[-1]
     assert set(after.summary["changes"]) == {"shade", "side"} and "lost" not in after.summary
+    assert {change["tolerated"] for change in after.summary["changes"].values()} == {0.25}
     assert run.current_model() == bridged
 
 

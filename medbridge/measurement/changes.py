@@ -48,25 +48,30 @@ def compare_stages(
 
 
 def _compare(before: Sequence[Tally], after: Sequence[Tally], settings: RunSettings) -> Change | None:
-    """At the gate's own k; None where support can't be read."""
-    most = min(tally.n for tally in (*before, *after))
-    k, *_ = gate_k([tally.floor for tally in before], most, settings.gate)
-    if k is None:
+    """None where support can't be read."""
+    most, scores = shared_scores(before, after, settings.gate)
+    if scores is None:
         return None
     return compare(
-        before, after, scores=scores_at(settings.gate, k), ks=sorted({1, most}), alpha=settings.gate.alpha,
-        replicates=settings.gate.replicates, seed=settings.seed, tolerated=settings.budget.tolerated_loss,
+        before, after, scores=scores, ks=sorted({1, most}), alpha=settings.gate.alpha,
+        replicates=settings.gate.replicates, seed=settings.seed, tolerated=settings.diagnosis.tolerated_loss,
     )  # fmt: skip
 
 
-def scores_at(gate: GateSettings, k: int) -> Scores:
-    """The gate's statistic of each item at one k, as `compare` wants it."""
+def shared_scores(one: Sequence[Tally], other: Sequence[Tally], gate: GateSettings) -> tuple[int, Scores | None]:
+    """The samples that every item has in both measurements, and the gate's statistic of an item at the k that the gate
+    reads with so many, as `compare` wants it; None where it can't be read.
+    """
+    most = min(tally.n for tally in (*one, *other))
+    k, *_ = gate_k([tally.floor for tally in one], most, gate)
+    if k is None:
+        return most, None
 
     def scores(tallies: Sequence[Tally]) -> tuple[Any, Any]:
         found = item_scores(tallies, gate, k)
         return found.top, found.bottom
 
-    return scores
+    return most, scores
 
 
 def _in_words(name: str, change: Change) -> str:

@@ -11,12 +11,12 @@ from medbridge.data import Item
 from medbridge.data.controls import blank, shuffled
 from medbridge.data.readings import ReadingName, regrade
 from medbridge.ledger import Ledger, Stage
-from medbridge.measurement.changes import scores_at
+from medbridge.measurement.changes import shared_scores
 from medbridge.measurement.counting import count, tally_items
 from medbridge.measurement.sampling import Sampler
 from medbridge.progress import Reporter
 from medbridge.rollout import Engine
-from medbridge.support import Evidence, Tally, gate_k, judge, measure
+from medbridge.support import Evidence, Tally, judge, measure
 from medbridge.support.change import visual_support
 
 Control = Literal["blank", "shuffled"]
@@ -114,12 +114,11 @@ def _judged(tallies: Mapping[str, Sequence[Tally]], settings: RunSettings) -> di
 
 def _visual(real: Sequence[Tally], control: Sequence[Tally], settings: RunSettings) -> dict[str, Any] | None:
     """Support and Acc@1 of the real images minus the control's, on the same items."""
-    most = min(tally.n for tally in (*real, *control))
-    k, *_ = gate_k([tally.floor for tally in real], most, settings.gate)
-    if k is None:
+    most, scores = shared_scores(real, control, settings.gate)
+    if scores is None:
         return None
     change = visual_support(
-        real, control, scores=scores_at(settings.gate, k), ks=[most], alpha=settings.gate.alpha,
+        real, control, scores=scores, ks=[most], alpha=settings.gate.alpha,
         replicates=settings.gate.replicates, seed=settings.seed,
     )  # fmt: skip
     whole = change.to_dict()

@@ -9,14 +9,14 @@ from itertools import chain
 from medbridge.config import RunSettings
 from medbridge.data import Item
 from medbridge.ledger import Ledger, Stage, VerdictRow
-from medbridge.measurement.counting import count, stored_outcomes, tally_items
+from medbridge.measurement.counting import tally_items
 from medbridge.measurement.order import cluster_of, whole_clusters
 from medbridge.measurement.outlook import outlook
 from medbridge.measurement.sampling import Sampler
 from medbridge.measurement.validity import invalid_strata
 from medbridge.progress import Meter, Reporter
 from medbridge.rollout import Engine
-from medbridge.support import StratumEvidence, Tally, gate_k, judge, measure, settle
+from medbridge.support import StratumEvidence, gate_k, judge, measure, settle
 
 
 def run_measurement(
@@ -119,11 +119,8 @@ def _until_settled(strata: Mapping[str, _Stratum], sampler: Sampler, settings: R
         sampler.complete([*chain.from_iterable(drawn.values())], meter, greedy_only=greedy_only)
         tested = {name: stratum.tests for name, stratum in strata.items() if stratum.tests}
         for name in tested.keys() & drawn.keys():
-            tested[name].add(_counted(sampler, drawn[name], settings))
+            tested[name].add(
+                tally_items(sampler.ledger, sampler.stage.stage_id, drawn[name], settings.diagnosis.cluster)
+            )
         settled = settle(tested, settings.gate)
         open_strata = {name for name in open_strata if settled.get(name) is None and not strata[name].exhausted}
-
-
-def _counted(sampler: Sampler, items: Sequence[Item], settings: RunSettings) -> list[Tally]:
-    outcomes = stored_outcomes(sampler.ledger, sampler.stage.stage_id, [item.id for item in items])
-    return count(outcomes, items, settings.diagnosis.cluster)

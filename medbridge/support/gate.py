@@ -149,7 +149,7 @@ def judge(
         if estimate.items >= settings.min_items and estimate.support is not None
     }
     level = settings.alpha if sequential is None else (1 - SEQUENTIAL_SHARE) * settings.alpha
-    findings = _pooled(readable, _findings(readable, settings, sequential), settings, level)
+    findings = _pooled(readable, _findings(readable, settings, sequential or {}, level), settings, level)
     verdicts = {}
     for name, estimate in estimates.items():
         finding = findings.get(name)
@@ -168,10 +168,9 @@ def judge(
 
 
 def _findings(
-    estimates: Mapping[str, SupportEstimate], settings: GateSettings, sequential: Mapping[str, Evidence] | None
+    estimates: Mapping[str, SupportEstimate], settings: GateSettings, evidence: Mapping[str, Evidence], level: float
 ) -> dict[str, _Finding]:
-    evidence = sequential or {}
-    level = settings.alpha if sequential is None else (1 - SEQUENTIAL_SHARE) * settings.alpha
+    """What sequential evidence and the last look, with error probability `level`, show of each stratum."""
     shown = proven(evidence, SEQUENTIAL_SHARE * settings.alpha, settings.error_control)
     sides: tuple[Claim, ...] = ("below", "above", "at_target")
     p_values = []

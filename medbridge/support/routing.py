@@ -132,7 +132,8 @@ def _uses(tallies: Sequence[Tally], settings: RoutingSettings, seed: int) -> lis
     uses = []
     for tally, sure, likely in zip(tallies, left, reached, strict=True):
         if sure:
-            uses.append("anchor" if _fraction(seed, tally.item_id) < settings.anchor_share else "left_out")
+            anchored = hashed_fraction("anchor", seed, tally.item_id) < settings.anchor_share
+            uses.append("anchor" if anchored else "left_out")
         else:
             uses.append("sharpen" if likely else "bridge")
     return uses
@@ -147,7 +148,7 @@ def _prior(n: NDArray[np.int64], c: NDArray[np.int64], grid: Floats) -> Floats:
     return (items * own + _PRIOR_ITEMS * jeffreys) / (items + _PRIOR_ITEMS)
 
 
-def _fraction(seed: int, item_id: str) -> float:
+def hashed_fraction(purpose: str, seed: int, item_id: str) -> float:
     """A number in [0, 1) that depends on the arguments only."""
-    digest = hashlib.blake2b(f"anchor|{seed}|{item_id}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{purpose}|{seed}|{item_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
