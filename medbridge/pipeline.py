@@ -397,7 +397,24 @@ class Run(RunFolder):
                 images=self.images, max_new_tokens=self.settings.rollout.max_new_tokens, seed=seed,
                 checkpoints=self._checkpoints(stage), on_start=on_start, on_step=on_step,
             )  # fmt: skip
-        return _result(self._finish_training(stage, policy, {"items": len(items)}))
+        shares = self._loss_shares(stage)
+        if shares:
+            plain = f" (plain torch: {shares['loss_share_plain']:.1%})" if "loss_share_plain" in shares else ""
+            self.reporter.say(f"sharpen: the loss took {shares['loss_share']:.1%} of the training steps' time{plain}")
+        return _result(self._finish_training(stage, policy, {"items": len(items), **shares}))
+
+    def _loss_shares(self, stage: Stage) -> dict[str, float]:
+        """Share of the training time that went into the loss and the output layer, and would have with plain torch."""
+        series = {name: dict(values) for name, values in self.ledger.metrics(stage.stage_id).items()}
+        loss, plain = series.get("seconds_loss", {}), series.get("seconds_loss_plain", {})
+        training = {step: series["seconds_training"][step] for step in loss}
+        shares = {}
+        if any(loss.values()):  # a step whose groups all agree has no loss
+            shares["loss_share"] = sum(loss.values()) / sum(training.values())
+        if plain:
+            others = sum(training[step] - loss[step] for step in plain)
+            shares["loss_share_plain"] = sum(plain.values()) / (others + sum(plain.values()))
+        return shares
 
     @contextmanager
     def _recording(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from medbridge_kernels import reference
+from medbridge_kernels import ops, reference
 from medbridge_kernels.config import Baseline, Scale
 from medbridge_kernels.impl import Impl, choose
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-@torch.no_grad()
+
 def group_advantages(
     rewards: Tensor,
     group_offsets: Tensor,
@@ -39,7 +39,7 @@ def group_advantages(
         baseline, scale: see above.
         unbiased: divide the sum of squares by count - 1, not by count.
         eps: added to the scale.
-        impl: back end; "auto" and "reference" are available.
+        impl: back end: "auto", "reference", "native" (CPU) or "triton" (GPU). All of them compute in float64.
 
     Returns:
         Advantages [sequences] in the dtype of the rewards, without a gradient.
@@ -50,7 +50,7 @@ def group_advantages(
             CPU tensors only: on a GPU the check would wait for the device).
         NotImplementedError: a back end that isn't available.
     """
-    choose(impl)
+    chosen = choose(impl, rewards, _DTYPES)
     if not rewards.is_floating_point():
         raise TypeError(f"rewards must be floating point, got {rewards.dtype}")
     if group_offsets.dtype != torch.int64:
@@ -62,13 +62,17 @@ def group_advantages(
     for name, value, choices in (("baseline", baseline, Baseline), ("scale", scale, Scale)):
         if value not in get_args(choices):
             raise ValueError(f"{name} = {value!r}, must be one of {', '.join(get_args(choices))}")
-    if group_offsets.device.type == "cpu":
-        offsets = group_offsets.tolist()
-        if offsets[0] != 0 or offsets[-1] != rewards.numel() or any(a > b for a, b in pairwise(offsets)):
-            raise ValueError(
-                f"group_offsets must rise from 0 to the {rewards.numel()} rewards, got {_shorten(offsets)}"
-            )
-    return reference.group_advantages(rewards, group_offsets, baseline, scale, unbiased, eps)
+    if group_offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_offsets(group_offsets, rewards.numel())
+    if chosen == "reference":
+        return reference.group_advantages(rewards, group_offsets, baseline, scale, unbiased, eps)
+    return ops.group_advantages(rewards, group_offsets, baseline, scale, unbiased, eps, chosen)
+
+
+def _check_offsets(offsets: Tensor, count: int) -> None:
+    if int(offsets[0]) == 0 and int(offsets[-1]) == count and not bool((offsets.diff() < 0).any()):
+        return
+    raise ValueError(f"group_offsets must rise from 0 to the {count} rewards, got {_shorten(offsets.tolist())}")
 
 
 def _shorten(values: list[int]) -> str:

@@ -7,6 +7,8 @@ speed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ _CHUNK_BYTES = 64 << 20
 # --- group advantage ---
 
 
+@torch.no_grad()
 def group_advantages(
     rewards: Tensor, group_offsets: Tensor, baseline: Baseline, scale: Scale, unbiased: bool, eps: float
 ) -> Tensor:
@@ -144,13 +147,81 @@ def _token_logprobs_in_blocks(
     return logprobs.reshape(shape), None if entropies is None else entropies.reshape(shape)
 
 
-# --- the loss ---
+# --- the loss: everything of size [tokens] ---
 
 
-def surrogate(ratio: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), with r at most delta in the first term."""
-    free = ratio if config.delta is None else ratio.clamp(max=config.delta)
+@dataclass(frozen=True, slots=True)
+class PolicyInputs:
+    """What the loss needs beside log-probabilities and entropy.
+
+    Attributes:
+        sequence_ids: int64 [tokens], never decreasing, each from 0 to n_sequences - 1.
+        n_sequences: how many sequences there may be.
+        advantages: [n_sequences], or [tokens] where `per_token`.
+        old_logprobs, ref_logprobs, rollout_logprobs: [tokens] or None. A NaN among the last says that the engine gave
+            none; its ratio is then 1.
+        keep: bool [tokens], the tokens that count. Everything of the others may hold any value.
+    """
+
+    sequence_ids: Tensor
+    n_sequences: int
+    advantages: Tensor
+    per_token: bool
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    keep: Tensor
+
+    def rows(self, part: slice) -> PolicyInputs:
+        """The same of a range of tokens."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[part]
+
+        return replace(
+            self,
+            sequence_ids=self.sequence_ids[part],
+            advantages=self.advantages[part] if self.per_token else self.advantages,
+            old_logprobs=cut(self.old_logprobs),
+            ref_logprobs=cut(self.ref_logprobs),
+            rollout_logprobs=cut(self.rollout_logprobs),
+            keep=self.keep[part],
+        )
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """Sums over each sequence's tokens, [n_sequences]."""
+        return values.new_zeros(self.n_sequences).index_add_(0, self.sequence_ids, values)
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """Means over each sequence's tokens that count, given back to each of its tokens, [tokens]."""
+        length = self.sequence_sum(self.keep.to(values.dtype)).clamp(min=1)
+        return (self.sequence_sum(values.where(self.keep, 0.0)) / length)[self.sequence_ids]
+
+    def advantage(self, dtype: torch.dtype) -> Tensor:
+        """The advantage of each token, [tokens]."""
+        advantages = self.advantages.to(dtype)
+        return (advantages if self.per_token else advantages[self.sequence_ids]).where(self.keep, 0.0)
+
+
+def importance_ratio(logprobs: Tensor, inputs: PolicyInputs, config: LossConfig) -> Tensor:
+    """exp(logprob - old logprob), [tokens]; at the sequence level of the mean over the sequence (GSPO)."""
+    old = logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs.to(logprobs.dtype)
+    log_ratio = (logprobs - old).where(inputs.keep, 0.0)
+    if config.ratio_level == "sequence":
+        log_ratio = inputs.sequence_mean(log_ratio)
+    return torch.exp(log_ratio)
+
+
+def surrogate(ratio: Tensor, logprobs: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
+    """The policy term of each token, [tokens]; see `LossConfig`."""
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    if config.surrogate == "cispo":
+        return -clipped.detach() * advantage * logprobs
+    if config.surrogate == "sapo":
+        positive, negative = config.sapo_temperature_positive, config.sapo_temperature_negative
+        tau = torch.where(advantage > 0, positive, negative).to(ratio.dtype)
+        return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
+    free = ratio if config.delta is None else ratio.clamp(max=config.delta)
     return -torch.minimum(free * advantage, clipped * advantage)
 
 
@@ -164,75 +235,190 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
     return torch.expm1(-d) + d
 
 
-def token_weights(mask: Tensor, sequence_ids: Tensor, n_sequences: int, config: LossConfig) -> Tensor:
-    """Weight of each token in the sum, [tokens]: the mask, over the sequence's own length for "sequences"."""
-    if config.normalize != "sequences":
-        return mask
-    length = mask.new_zeros(n_sequences).index_add_(0, sequence_ids, mask)
-    return mask / length.clamp(min=1)[sequence_ids]
+def rollout_log_ratio(logprobs: Tensor, inputs: PolicyInputs) -> Tensor:
+    """old logprob - rollout logprob, [tokens]: how far the trainer's sampling policy is from the engine's."""
+    assert inputs.rollout_logprobs is not None
+    old = logprobs if inputs.old_logprobs is None else inputs.old_logprobs.to(logprobs.dtype)
+    return (old - inputs.rollout_logprobs.to(logprobs.dtype)).where(inputs.keep, 0.0).nan_to_num(nan=0.0)
+
+
+def correction_ratio(logprobs: Tensor, inputs: PolicyInputs, config: LossConfig) -> Tensor:
+    """q of the importance correction before it is truncated or masked, [tokens]."""
+    log_ratio = rollout_log_ratio(logprobs, inputs)
+    if config.correction_level == "sequence":
+        log_ratio = inputs.sequence_sum(log_ratio)[inputs.sequence_ids]
+    return torch.exp(log_ratio)
+
+
+def corrected_weight(ratio: Tensor, config: LossConfig) -> Tensor:
+    """The factor of the surrogate that the correction makes of q, [tokens]."""
+    if config.correction == "truncate":
+        return ratio.clamp(config.correction_floor, config.correction_cap)
+    inside = (ratio >= config.correction_floor) & (ratio <= config.correction_cap)
+    return ratio.where(inside, 0.0)
+
+
+def on_policy(logprobs: Tensor, inputs: PolicyInputs, config: LossConfig) -> Tensor:
+    """Which tokens the off-policy mask keeps, bool [tokens] (arXiv 2512.02556, equation 9)."""
+    sampled = inputs.old_logprobs if inputs.rollout_logprobs is None else inputs.rollout_logprobs
+    if sampled is None:
+        return torch.ones_like(inputs.keep)
+    assert config.off_policy_threshold is not None
+    drift = (sampled.to(logprobs.dtype) - logprobs).nan_to_num(nan=0.0)
+    return (inputs.advantage(logprobs.dtype) >= 0) | (inputs.sequence_mean(drift) <= config.off_policy_threshold)
+
+
+def surrogate_factor(logprobs: Tensor, inputs: PolicyInputs, config: LossConfig) -> Tensor | None:
+    """What the surrogate is multiplied by, [tokens] without a gradient: correction and off-policy mask."""
+    logprobs = logprobs.detach()
+    factor = None
+    if config.correction != "none":
+        factor = corrected_weight(correction_ratio(logprobs, inputs, config), config)
+    if config.off_policy_threshold is not None:
+        kept = on_policy(logprobs, inputs, config).to(logprobs.dtype)
+        factor = kept if factor is None else factor * kept
+    return factor
+
+
+def token_weights(
+    inputs: PolicyInputs, normalizer: float | Tensor | None, config: LossConfig, dtype: torch.dtype
+) -> Tensor:
+    """Weight of each token in the sum, [tokens]: the mask over the normalizer.
+
+    For "sequences" also over the sequence's own length.
+    """
+    mask = inputs.keep.to(dtype)
+    if normalizer is None:
+        normalizer = mask.sum().clamp(min=1) if config.normalize == "tokens" else _count_sequences(inputs)
+    if config.normalize == "sequences":
+        mask = mask / inputs.sequence_sum(mask).clamp(min=1)[inputs.sequence_ids]
+    return mask / normalizer
+
+
+def _count_sequences(inputs: PolicyInputs) -> float | Tensor:
+    if not inputs.per_token:
+        return max(1, inputs.n_sequences)
+    starts = inputs.sequence_ids.diff().ne(0).sum() + 1  # advantages per token don't say how many sequences there are
+    return starts.clamp(min=1)
+
+
+def weighted_loss(
+    logprobs: Tensor,
+    entropy: Tensor,
+    ratio: Tensor,
+    factor: Tensor | None,
+    weight: Tensor,
+    inputs: PolicyInputs,
+    config: LossConfig,
+) -> Tensor:
+    """sum_t w_t (factor_t surrogate_t + kl_coef KL_t - entropy_coef H_t), a scalar."""
+    per_token = surrogate(ratio, logprobs, inputs.advantage(logprobs.dtype), config)
+    if factor is not None:
+        per_token = per_token * factor
+    if config.kl_coef != 0:
+        assert inputs.ref_logprobs is not None
+        ref = inputs.ref_logprobs.to(logprobs.dtype).where(inputs.keep, 0.0)
+        per_token = per_token + config.kl_coef * kl_estimate(logprobs, ref, config.kl_estimator)
+    if config.entropy_coef != 0:
+        per_token = per_token - config.entropy_coef * entropy
+    return (per_token * weight).sum()
+
+
+def policy_terms(
+    logprobs: Tensor, entropy: Tensor, inputs: PolicyInputs, config: LossConfig, normalizer: float | Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics from log-probabilities and entropies [tokens], which are 0 outside `keep`."""
+    ratio = importance_ratio(logprobs, inputs, config)
+    factor = surrogate_factor(logprobs, inputs, config)
+    weight = token_weights(inputs, normalizer, config, logprobs.dtype)
+    loss = weighted_loss(logprobs, entropy, ratio, factor, weight, inputs, config)
+    return loss, loss_metrics(logprobs.detach(), inputs, config)
+
+
+def loss_metrics(logprobs: Tensor, inputs: PolicyInputs, config: LossConfig) -> dict[str, Tensor]:
+    """What a trainer watches, as scalars on the device of the logits; of no token at all, 0."""
+    keep, dtype = inputs.keep, logprobs.dtype
+    count = keep.to(dtype).sum().clamp(min=1)
+
+    def share(chosen: Tensor) -> Tensor:
+        return (chosen & keep).to(dtype).sum() / count
+
+    ratio, advantage = importance_ratio(logprobs, inputs, config), inputs.advantage(dtype)
+    ratio_max, sample_size = _spread(ratio.where(keep, 0.0), count)
+    metrics = {
+        "clip_low": share((ratio < 1 - config.clip_low) & (advantage < 0)),
+        "clip_high": share((ratio > 1 + config.clip_high) & (advantage > 0)),
+        "ratio_max": ratio_max,
+        "effective_sample_size": sample_size,
+    }
+    if inputs.ref_logprobs is not None:
+        ref = inputs.ref_logprobs.to(dtype).where(keep, 0.0)
+        metrics["kl"] = kl_estimate(logprobs, ref, config.kl_estimator).where(keep, 0.0).sum() / count
+    if inputs.rollout_logprobs is not None:
+        log_ratio = rollout_log_ratio(logprobs, inputs)
+        ratio = torch.exp(log_ratio).where(keep, 0.0)
+        metrics["rollout_ratio_mean"] = ratio.sum() / count
+        metrics["rollout_ratio_max"], metrics["rollout_effective_sample_size"] = _spread(ratio, count)
+        # Sampled by the engine, so this is k3 of KL(engine || trainer).
+        metrics["rollout_kl"] = (torch.expm1(log_ratio) - log_ratio).where(keep, 0.0).sum() / count
+    if config.correction != "none":
+        q = correction_ratio(logprobs, inputs, config)
+        metrics["corrected"] = share((q > config.correction_cap) | (q < config.correction_floor))
+    if config.off_policy_threshold is not None:
+        metrics["off_policy"] = share(~on_policy(logprobs, inputs, config))
+    return metrics
+
+
+def _spread(kept: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest ratio, and the effective sample size as a share: (sum r)^2 / (count * sum r^2).
+
+    It is 1 while all ratios are equal and 1 / count when a single token has all the weight.
+    """
+    largest = kept.amax() if kept.numel() else kept.sum()
+    relative = kept / largest.clamp(min=torch.finfo(kept.dtype).tiny)  # its square can't overflow
+    return largest, relative.sum().square() / (count * relative.square().sum()).clamp(min=1.0)
+
+
+# --- the whole ---
 
 
 def grpo_loss(
     logits: Tensor,
     token_ids: Tensor,
-    sequence_ids: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    mask: Tensor | None,
+    inputs: PolicyInputs,
+    masked: bool,
     temperature: float | Tensor,
     config: LossConfig,
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Loss, log-probabilities, entropy and metrics; see `medbridge_kernels.grpo_loss`."""
-    keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool()
-    # Tokens outside the mask may carry any label (-100 is customary) and any log-probability.
+    """Loss, log-probabilities, entropy and metrics; see `medbridge_kernels.grpo_loss`.
+
+    `masked` says whether `keep` may hold a False.
+    """
+    # Tokens outside the mask may carry any label (-100 is customary), any logits and any log-probability.
+    if masked:
+        logits = logits.masked_fill(~inputs.keep[:, None], 0.0)
     logprobs, entropy = token_logprobs(
-        logits, token_ids.where(keep, 0), temperature, entropy=True, entropy_grad=config.entropy_coef != 0
+        logits, token_ids.where(inputs.keep, 0), temperature, entropy=True, entropy_grad=config.entropy_coef != 0
     )
     assert entropy is not None
-    logprobs, entropy = logprobs.where(keep, 0.0), entropy.where(keep, 0.0)
-    dtype = logprobs.dtype
-    weight = keep.to(dtype)
-    old = logprobs.detach() if old_logprobs is None else old_logprobs.to(dtype).where(keep, 0.0)
-    advantage = advantages.to(dtype)[sequence_ids]
-
-    ratio = torch.exp(logprobs - old)
-    per_token = surrogate(ratio, advantage, config)
-    kl = None
-    if ref_logprobs is not None:
-        kl = kl_estimate(logprobs, ref_logprobs.to(dtype).where(keep, 0.0), config.kl_estimator)
-        if config.kl_coef != 0:
-            per_token = per_token + config.kl_coef * kl
-    if config.entropy_coef != 0:
-        per_token = per_token - config.entropy_coef * entropy
-
-    if normalizer is None:
-        normalizer = weight.sum().clamp(min=1) if config.normalize == "tokens" else max(1, advantages.numel())
-    loss = (per_token * token_weights(weight, sequence_ids, advantages.numel(), config)).sum() / normalizer
-    metrics = loss_metrics(ratio.detach(), advantage, None if kl is None else kl.detach(), keep, config)
+    logprobs, entropy = logprobs.where(inputs.keep, 0.0), entropy.where(inputs.keep, 0.0)
+    loss, metrics = policy_terms(logprobs, entropy, inputs, config, normalizer)
     return loss, logprobs.detach(), entropy.detach(), metrics
 
 
-def loss_metrics(
-    ratio: Tensor, advantage: Tensor, kl: Tensor | None, keep: Tensor, config: LossConfig
-) -> dict[str, Tensor]:
-    """What a trainer watches, as scalars on the device of the logits; of no token at all, 0."""
-    weight = keep.to(ratio.dtype)
-    count = weight.sum().clamp(min=1)
-    kept = ratio * weight
-    ratio_max = kept.amax() if kept.numel() else kept.sum()
-    relative = kept / ratio_max.clamp(min=torch.finfo(kept.dtype).tiny)  # its square can't overflow
-    low = (ratio < 1 - config.clip_low) & (advantage < 0) & keep
-    high = (ratio > 1 + config.clip_high) & (advantage > 0) & keep
-    metrics = {
-        "clip_low": low.to(ratio.dtype).sum() / count,
-        "clip_high": high.to(ratio.dtype).sum() / count,
-        "ratio_max": ratio_max,
-        # (sum r)^2 / (count * sum r^2): 1 while all ratios are equal, 1 / count when a single token has all
-        # the weight.
-        "effective_sample_size": relative.sum().square() / (count * relative.square().sum()).clamp(min=1.0),
-    }
-    if kl is not None:
-        metrics["kl"] = (kl * weight).sum() / count
-    return metrics
+def project(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, banned_ids: Tensor | None
+) -> Tensor:
+    """Logits of hidden states, [tokens, vocab].
+
+    ``scale (hidden weight^T + bias)``, soft-capped to ``softcap tanh(logits / softcap)``, and -inf at banned tokens.
+    """
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if banned_ids is not None:
+        logits = logits.index_fill(-1, banned_ids, float("-inf"))
+    return logits

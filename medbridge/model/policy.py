@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -136,6 +136,15 @@ class CompletionBatch:
     @property
     def sequence_ids(self) -> Tensor:
         return self.rows
+
+
+class OutputLayer(NamedTuple):
+    """The linear output layer: weight [vocabulary, width], bias [vocabulary], soft cap and tokens never sampled."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    banned_ids: Tensor | None
 
 
 class Policy:
@@ -422,18 +431,32 @@ class Policy:
             rows=torch.cat(rows).to(to), columns=torch.cat(columns).to(to), labels=torch.cat(labels).to(to),
         )  # fmt: skip
 
-    def completion_logits(self, batch: CompletionBatch) -> Tensor:
-        """Logits [N, vocabulary] that predict `batch.labels`; banned tokens hold `BANNED_LOGIT`.
-
-        Only these rows go through the output layer: prompt tokens cost no logits.
-        """
+    def completion_hidden(self, batch: CompletionBatch) -> Tensor:
+        """Hidden states [N, width] that predict `batch.labels`, before the output layer."""
         with self.autocast():
             hidden = self.model.base_model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask,
                 position_ids=self.positions_argument(batch.positions), use_cache=False,
                 **self.type_argument(batch.type_ids), **batch.vision,
             ).last_hidden_state  # fmt: skip
-            return self.head(hidden[batch.rows, batch.columns])
+            return hidden[batch.rows, batch.columns]
+
+    def completion_logits(self, batch: CompletionBatch) -> Tensor:
+        """Logits [N, vocabulary] that predict `batch.labels`; banned tokens hold `BANNED_LOGIT`.
+
+        Only these rows go through the output layer: prompt tokens cost no logits.
+        """
+        hidden = self.completion_hidden(batch)
+        with self.autocast():
+            return self.head(hidden)
+
+    def output_layer(self) -> OutputLayer | None:
+        """What `head` computes, for losses that make no logits; None where it is more than a linear layer."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            return None
+        banned = torch.tensor(self.banned, dtype=torch.long, device=self.device) if self.banned else None
+        return OutputLayer(head.weight, head.bias, self._softcap, banned)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Output layer, soft cap and banned tokens: logits [..., vocabulary]."""

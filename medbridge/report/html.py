@@ -72,6 +72,8 @@ METRICS = {
     "clip_high": "Clipped at the high end",
     "seconds_sampling": "Seconds sampling",
     "seconds_training": "Seconds training",
+    "seconds_loss": "Seconds in the loss and output layer",
+    "seconds_loss_plain": "The same with plain torch (estimate)",
 }
 
 _SHOWN_METRICS = {

@@ -23,8 +23,9 @@ from medbridge.data.prompts import PromptSettings, permutation
 from medbridge.model.policy import CompletionBatch, EncodedPrompt, ModelSettings, Policy
 from medbridge.rollout.engine import Graded, Request, SamplingSettings
 from medbridge.train.optimization import OptimizerSettings, Shuffle, Trainable
+from medbridge.train.policy_loss import PolicyLoss
 from medbridge.train.sft import OnStep
-from medbridge_kernels import LossConfig, group_advantages, grpo_loss, token_logprobs
+from medbridge_kernels import LossConfig, group_advantages
 
 
 class RlSettings(OptimizerSettings):
@@ -53,8 +54,12 @@ class RlSettings(OptimizerSettings):
         1.0, gt=0, description="Sampling temperature; the loss uses the same. There is no nucleus cut in RL: "
         "its log-probabilities would be those of another distribution.",
     )  # fmt: skip
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = Field(
-        "grpo", description="Loss preset of medbridge_kernels: how the clipped surrogate is normalised."
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo"] = Field(
+        "grpo", description="Loss preset of medbridge_kernels: surrogate, ratio, clip and how it is normalised."
+    )
+    loss_impl: Literal["auto", "reference", "native", "triton"] = Field(
+        "auto",
+        description="Back end of the loss: native (C++) on a CPU, triton on a GPU, reference (plain torch, slow).",
     )
     kl_coefficient: float = Field(
         0.0, ge=0, description="Weight of the KL divergence from the stage's first model; above 0 keeps a copy."
@@ -101,7 +106,7 @@ def train_rl(
         trainable.begin(step)
         metrics = learner.update(step, requests, graded, trainable)
         metrics["seconds_sampling"] = sampled - began
-        metrics["seconds_training"] = time.perf_counter() - sampled
+        metrics["seconds_training"] = time.perf_counter() - sampled - metrics.pop("seconds_comparing", 0.0)
         on_step(step, metrics, [request.item.id for request in requests])
         if step % settings.checkpoint_every == 0 and step < settings.steps:
             trainable.save(checkpoints, step)
@@ -133,6 +138,7 @@ class _Learner:
         self.max_new_tokens = max_new_tokens
         self.config = LossConfig.preset(settings.loss, kl_coef=settings.kl_coefficient)
         self.reference = copy.deepcopy(policy.model).eval() if settings.kl_coefficient > 0 else None
+        self.loss = PolicyLoss(policy, self.config, settings.loss_impl, settings.temperature)
 
     def update(
         self, step: int, requests: Sequence[Request], graded: Sequence[Graded], trainable: Trainable
@@ -155,7 +161,7 @@ class _Learner:
         for name in dict.fromkeys(name for update in updates for name in update):
             values = [update[name] for update in updates if name in update]
             metrics[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
-        return metrics
+        return metrics | self.loss.take_seconds()
 
     def _optimize(
         self,
@@ -180,21 +186,18 @@ class _Learner:
             batch = self.policy.collate(
                 [prompt for prompt, _ in part], [rollout.token_ids.tolist() for rollout in chosen]
             )
-            loss, outputs = grpo_loss(
-                self.policy.completion_logits(batch),
+            loss, outputs = self.loss.backward(
+                self.policy.completion_hidden(batch),
                 batch.labels,
                 sequence_ids=batch.sequence_ids,
                 advantages=advantages[[index for _, index in part]].to(self.policy.device),
                 old_logprobs=torch.from_numpy(np.concatenate([r.logprobs for r in chosen])).to(self.policy.device),
                 ref_logprobs=self._reference_logprobs(batch),
-                temperature=self.settings.temperature,
-                config=self.config,
                 normalizer=normalizer,
             )
-            loss.backward()
             count = len(batch.labels)
             tokens += count
-            totals["loss"] += float(loss.detach())
+            totals["loss"] += float(loss)
             totals["entropy"] = totals.get("entropy", 0.0) + float(outputs.entropy.sum())
             for name, value in outputs.metrics.items():
                 if name == "ratio_max":
@@ -218,10 +221,9 @@ class _Learner:
             return None
         current, self.policy.model = self.policy.model, self.reference
         try:
-            logits = self.policy.completion_logits(batch)
+            return self.loss.logprobs(self.policy.completion_hidden(batch), batch.labels)
         finally:
             self.policy.model = current
-        return token_logprobs(logits, batch.labels, self.settings.temperature)
 
 
 def describe(graded: Sequence[Graded], rewards: torch.Tensor, offsets: torch.Tensor) -> dict[str, float]:

@@ -1,0 +1,157 @@
+"""The loss half of a sharpen update: from hidden states of completion tokens to the gradient that the model gets.
+
+It is cut off from the model's own backward pass, so that what the loss costs can be told from what the model costs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medbridge.model.policy import OutputLayer, Policy
+from medbridge_kernels import (
+    LossConfig,
+    LossOutputs,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    token_logprobs,
+)
+from medbridge_kernels.impl import Impl
+
+_COMPARED_BYTES = 64 << 20
+"""Logits of the tokens that the back ends are compared on: plain torch holds several copies of them."""
+
+
+class PolicyLoss:
+    """Loss and gradient of the completion tokens of one micro-batch after the other; keeps time."""
+
+    def __init__(self, policy: Policy, config: LossConfig, impl: Impl, temperature: float) -> None:
+        self.policy = policy
+        self.config = config
+        self.impl = impl
+        self.temperature = temperature
+        self._clock = _Clock(policy.device)
+        self._tokens = 0
+        self._compared = False
+        self._comparison = {"seconds_loss_plain": 0.0, "seconds_comparing": 0.0}
+
+    def backward(self, hidden: Tensor, labels: Tensor, **inputs: Any) -> tuple[Tensor, LossOutputs]:
+        """Adds the gradient of the loss to the model's parameters; returns the loss, detached, and its outputs.
+
+        Args:
+            hidden: [tokens, width], with the graph of the model's forward pass.
+            labels: int64 [tokens].
+            inputs: what else `linear_grpo_loss` takes of these tokens.
+        """
+        layer = self.policy.output_layer()
+        if not self._compared and layer is not None:
+            self._compare(hidden.detach(), layer, labels, inputs)
+        self._compared = True
+        self._tokens += len(labels)
+        states = hidden.detach().requires_grad_()
+        with self._clock.running():
+            loss, outputs = self._loss(states, layer, labels, self.impl, inputs)
+            loss.backward()
+        hidden.backward(states.grad)
+        return loss.detach(), outputs
+
+    def logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities [tokens] of the labels by the policy's output layer, as the loss computes them."""
+        layer = self.policy.output_layer()
+        with self.policy.autocast():
+            if layer is None:
+                return token_logprobs(self.policy.head(hidden), labels, self.temperature, impl=self.impl)
+            return linear_token_logprobs(
+                hidden, layer.weight, labels, self.temperature, bias=layer.bias, softcap=layer.softcap,
+                banned_ids=layer.banned_ids, impl=self.impl,
+            )  # fmt: skip
+
+    def take_seconds(self) -> dict[str, float]:
+        """What was spent on the loss since the last call, in seconds.
+
+        "seconds_loss" in loss and output layer, forward and backward. The first time also "seconds_loss_plain", what
+        it would have been with plain torch, and "seconds_comparing", what finding that out took.
+        """
+        seconds = {"seconds_loss": self._clock.take()}
+        if self._comparison["seconds_comparing"]:
+            more = self._comparison["seconds_loss_plain"] * self._tokens
+            seconds |= self._comparison | {"seconds_loss_plain": seconds["seconds_loss"] + more}
+        self._comparison = dict.fromkeys(self._comparison, 0.0)
+        self._tokens = 0
+        return seconds
+
+    def _compare(self, hidden: Tensor, layer: OutputLayer, labels: Tensor, inputs: dict[str, Any]) -> None:
+        """Notes the seconds a token that plain torch would take more than the back end in use.
+
+        Measured on as many tokens as plain torch can hold comfortably, without the weight's gradient, which costs both
+        the same. Nothing is trained by it.
+        """
+        began = time.perf_counter()
+        frozen = layer._replace(weight=layer.weight.detach(), bias=None if layer.bias is None else layer.bias.detach())
+        count = max(1, min(len(labels), _COMPARED_BYTES // (4 * len(frozen.weight))))
+        part = {
+            name: value[:count] if isinstance(value, Tensor) and value.shape == labels.shape else value
+            for name, value in inputs.items()
+        }
+        taken: dict[str, float] = {}
+        impls: tuple[Impl, ...] = (self.impl, "reference", self.impl, "reference")  # the first of each warms up
+        for impl in impls:
+            states = hidden[:count].requires_grad_()
+            clock = _Clock(self.policy.device)
+            with clock.running():
+                loss, _ = self._loss(states, frozen, labels[:count], impl, part)
+                loss.backward()
+            taken[impl] = clock.take()
+        self._comparison = {
+            "seconds_loss_plain": (taken["reference"] - taken[self.impl]) / count,
+            "seconds_comparing": time.perf_counter() - began,
+        }
+
+    def _loss(
+        self, states: Tensor, layer: OutputLayer | None, labels: Tensor, impl: Impl, inputs: dict[str, Any]
+    ) -> tuple[Tensor, LossOutputs]:
+        options = {**inputs, "temperature": self.temperature, "config": self.config, "impl": impl}
+        with self.policy.autocast():
+            if layer is None:  # adapters on the output layer, say: only the model knows how to make its logits
+                return grpo_loss(self.policy.head(states), labels, **options)
+            return linear_grpo_loss(
+                states, layer.weight, labels, bias=layer.bias, softcap=layer.softcap, banned_ids=layer.banned_ids,
+                **options,
+            )  # fmt: skip
+
+
+class _Clock:
+    """Adds up the seconds of what runs in it: of the device's own work, where there is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self._cuda:
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append(events)
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def take(self) -> float:
+        """The sum so far, which starts anew. On a GPU it waits for the last of it."""
+        for begin, end in self._events:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
