@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from medbridge.run_folder import environment
+
+sys.path.insert(0, str(Path(__file__).parent))  # for measure.py and peers.py beside this file
 
 RESULTS = Path(__file__).parent / "results"
 

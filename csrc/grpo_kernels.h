@@ -186,45 +186,89 @@ MEDBRIDGE_KERNEL Scale scale_of(double temperature) {
   return {splat(high), splat(static_cast<float>(c - high)), splat(static_cast<float>(-127.0 / c))};
 }
 
-// exp(d / temperature) for d from scale.least up; exactly 1 for 0, and NaN for NaN. Vectors side by side keep the machine busy
-// while each waits for its own last product.
+// exp(d / temperature) = (1 + rest) power for d from scale.least up: `power` is a power of two or 0, `rest` between -0.3 and
+// 0.42. For d = 0 they are exactly 1 and 0; NaN stays NaN. Vectors side by side keep the machine busy while each waits for its
+// own last product.
 template <class Accuracy, int kCount>
-MEDBRIDGE_KERNEL void exponential(const Floats (&d)[kCount], const Scale& scale, Floats (&e)[kCount]) {
+MEDBRIDGE_KERNEL void split_exponential(const Floats (&d)[kCount], const Scale& scale, Floats (&rest)[kCount],
+                                        Floats (&power)[kCount]) {
   constexpr float kWhole = 0x1.8p23F;  // a sum with it has no fraction left
   Floats shifted[kCount];
   Floats r[kCount];
   for (int i = 0; i < kCount; ++i) shifted[i] = d[i] * scale.high + kWhole;
   for (int i = 0; i < kCount; ++i) r[i] = d[i] * scale.high - (shifted[i] - kWhole);
   for (int i = 0; Accuracy::kWithLow && i < kCount; ++i) r[i] += d[i] * scale.low;
-  for (int i = 0; i < kCount; ++i) e[i] = splat(Accuracy::kFactors[0]);
+  for (int i = 0; i < kCount; ++i) rest[i] = splat(Accuracy::kFactors[0]);
   for (std::size_t k = 1; k < std::size(Accuracy::kFactors); ++k) {
-    for (int i = 0; i < kCount; ++i) e[i] = e[i] * r[i] + Accuracy::kFactors[k];
+    for (int i = 0; i < kCount; ++i) rest[i] = rest[i] * r[i] + Accuracy::kFactors[k];
   }
-  // The low bits of `shifted` are n; the others are shifted out.
-  for (int i = 0; i < kCount; ++i) e[i] *= as_floats((as_bits(shifted[i]) << 23) + (127u << 23));
+  for (int i = 0; i < kCount; ++i) rest[i] *= r[i];
+  // The low bits of `shifted` are the exponent; the others are shifted out.
+  for (int i = 0; i < kCount; ++i) power[i] = as_floats((as_bits(shifted[i]) << 23) + (127u << 23));
+}
+
+template <class Accuracy, int kCount>
+MEDBRIDGE_KERNEL void exponential(const Floats (&d)[kCount], const Scale& scale, Floats (&e)[kCount]) {
+  Floats power[kCount];
+  split_exponential<Accuracy>(d, scale, e, power);
+  for (int i = 0; i < kCount; ++i) e[i] = (e[i] + 1.0F) * power[i];
 }
 
 // --- Forward ---
+
+// Kahan's sum, total - excess: the many small terms beside a large one aren't lost.
+struct Sum {
+  Floats total;
+  Floats excess;
+};
+
+MEDBRIDGE_KERNEL void add(Sum& sum, Floats value) {
+  const Floats missing = value - sum.excess;
+  const Floats total = sum.total + missing;
+  sum.excess = (total - sum.total) - missing;
+  sum.total = total;
+}
+
+// By factor + factor_low.
+MEDBRIDGE_KERNEL void multiply(Sum& sum, Floats factor, Floats factor_low) {
+  const Floats total = sum.total * factor;
+  // Where operations are fused, this is the rounding error of the total.
+  const Floats error = sum.total * factor - total;
+  sum.excess = sum.excess * factor - (sum.total * factor_low + error);
+  sum.total = total;
+}
+
+MEDBRIDGE_KERNEL double total_of(const Sum& sum) {
+  double total = 0.0;
+  for (std::int64_t lane = 0; lane < kLanes; ++lane) total += static_cast<double>(sum.total[lane]) - sum.excess[lane];
+  return total;
+}
 
 // Per lane: the largest logit so far (or the lowest number), and of exp((x - most) / temperature) the sum and the sum times
 // x - most.
 struct Running {
   Floats most;
-  Floats sum;
-  Floats weighted;
+  Sum sum;
+  Sum weighted;
 };
 
 MEDBRIDGE_KERNEL void raise(Running& running, Floats most, const Scale& scale) {
   const Floats d[1] = {larger(scale.least, running.most - most)};
-  Floats factor[1];
-  exponential<ForSums>(d, scale, factor);
-  running.weighted = factor[0] * (running.weighted + running.sum * d[0]);
-  running.sum *= factor[0];
+  Floats rest[1];
+  Floats power[1];
+  split_exponential<ForRescaling>(d, scale, rest, power);
+  // Where logits ascend by equal steps this factor comes again and again: its rounding error would build up.
+  const Floats rounded_sum = rest[0] + 1.0F;
+  const Floats low = rest[0] - (rounded_sum - 1.0F);
+  running.weighted.total += running.sum.total * d[0];
+  running.weighted.excess += running.sum.excess * d[0];
+  multiply(running.weighted, rounded_sum * power[0], low * power[0]);
+  multiply(running.sum, rounded_sum * power[0], low * power[0]);
   running.most = most;
 }
 
 template <int kCount>
-MEDBRIDGE_KERNEL void add(Running& running, const Floats (&x)[kCount], const Scale& scale) {
+MEDBRIDGE_KERNEL void take_in(Running& running, const Floats (&x)[kCount], const Scale& scale) {
   Floats most = running.most;
   for (int i = 0; i < kCount; ++i) most = larger(x[i], most);
   if (any_above(most, running.most)) raise(running, most, scale);
@@ -236,22 +280,22 @@ MEDBRIDGE_KERNEL void add(Running& running, const Floats (&x)[kCount], const Sca
   exponential<ForSums>(d, scale, e);
   for (int i = 0; i < kCount; ++i) sum += e[i];
   for (int i = 0; i < kCount; ++i) weighted += e[i] * d[i];
-  running.sum += sum;
-  running.weighted += weighted;
+  add(running.sum, sum);
+  add(running.weighted, weighted);
 }
 
 template <class Element>
 MEDBRIDGE_KERNEL Running run_over(const Element* row, std::int64_t vocab, const Scale& scale) {
-  Running running = {splat(-std::numeric_limits<float>::max()), Floats{}, Floats{}};
+  Running running = {splat(-std::numeric_limits<float>::max()), {}, {}};
   std::int64_t j = 0;
   for (; j + kVectors * kLanes <= vocab; j += kVectors * kLanes) {
     Floats x[kVectors];
     for (std::int64_t i = 0; i < kVectors; ++i) x[i] = load(row + j + i * kLanes);
-    add(running, x, scale);
+    take_in(running, x, scale);
   }
   for (; j < vocab; j += kLanes) {
     const Floats x[1] = {j + kLanes <= vocab ? load(row + j) : load_some(row + j, vocab - j)};
-    add(running, x, scale);
+    take_in(running, x, scale);
   }
   return running;
 }
@@ -265,12 +309,8 @@ MEDBRIDGE_TARGET void sweep_row(const Rows& rows, const SweepOutputs& out, std::
   float most = running.most[0];
   for (std::int64_t lane = 1; lane < kLanes; ++lane) most = std::max(most, static_cast<float>(running.most[lane]));
   raise(running, splat(most), scale);
-  double sum = 0.0;
-  double weighted = 0.0;
-  for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-    sum += running.sum[lane];
-    weighted += running.weighted[lane];
-  }
+  const double sum = total_of(running.sum);
+  const double weighted = total_of(running.weighted);
   const bool defined = sum > 0.0 && is_usable(temperature);  // a sum of 0: nothing but -inf
   const double log_sum = defined ? std::log(std::max(sum, 1.0)) : kNaN;  // below 1 by rounding only: the largest adds 1
   const std::int64_t token = rows.token_ids[t];

@@ -66,7 +66,7 @@ def group_advantages(
         _check_offsets(group_offsets, rewards.numel())
     if chosen == "reference":
         return reference.group_advantages(rewards, group_offsets, baseline, scale, unbiased, eps)
-    return ops.group_advantages(rewards, group_offsets, baseline, scale, unbiased, eps, chosen)
+    return ops.group_advantages(rewards.detach(), group_offsets, baseline, scale, unbiased, eps, chosen)
 
 
 def _check_offsets(offsets: Tensor, count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -95,8 +96,10 @@ class LossConfig:
             raise ValueError(f"clip_high = {self.clip_high}, must be at least 0")
         if self.delta is not None and not self.delta > 1 + self.clip_high:
             raise ValueError(f"delta = {self.delta}, must be above 1 + clip_high = {1 + self.clip_high}")
-        if not self.kl_coef >= 0:
-            raise ValueError(f"kl_coef = {self.kl_coef}, must be at least 0")
+        if not 0 <= self.kl_coef < math.inf:
+            raise ValueError(f"kl_coef = {self.kl_coef}, must be at least 0 and finite")
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"entropy_coef = {self.entropy_coef}, must be finite")
         for name in ("sapo_temperature_positive", "sapo_temperature_negative"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}, must be above 0")

@@ -122,7 +122,8 @@ def grpo_loss(
         )
         return loss, LossOutputs(logprobs, entropy, metrics)
     logprobs, entropy, _ = ops.vocabulary_sweep(
-        logits if logits.stride(-1) == 1 else logits.contiguous(), token_ids, inputs.keep if masked else None,
+        logits if logits.stride(-1) == 1 else logits.contiguous(), token_ids.contiguous(),
+        inputs.keep if masked else None,
         *ops.split_temperature(temperature), True, config.entropy_coef != 0,
         inplace and not torch.compiler.is_compiling(), chosen,
     )  # fmt: skip
@@ -178,7 +179,7 @@ def policy_inputs(
         old_logprobs=None if old_logprobs is None else old_logprobs.detach(),
         ref_logprobs=None if ref_logprobs is None else ref_logprobs.detach(),
         rollout_logprobs=None if rollout_logprobs is None else rollout_logprobs.detach(),
-        keep=torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool(),
+        keep=torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool().contiguous(),
     )
 
 
@@ -215,7 +216,7 @@ def _check_needs(
         raise ValueError(f"correction = {config.correction!r} needs rollout_logprobs")
     if config.normalize == "constant" and normalizer is None:
         raise ValueError("normalize = 'constant' needs normalizer (Dr. GRPO: sequences times the longest completion)")
-    if isinstance(normalizer, float | int) and not normalizer > 0:
+    if normalizer is not None and not isinstance(normalizer, Tensor) and not normalizer > 0:
         raise ValueError(f"normalizer = {normalizer}, must be above 0")
 
 
@@ -275,3 +276,5 @@ def _check_inplace(logits: Tensor, chosen: str) -> None:
         )
     if logits.stride(-1) != 1:
         raise ValueError("inplace needs logits that are contiguous over the vocabulary")
+    if len(logits) > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError("inplace needs logits whose rows don't overlap in memory")

@@ -173,10 +173,11 @@ def linear_sweep(
     computed_in: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `vocabulary_sweep` gives, of projected hidden states: three float32 [tokens]."""
+    """What `vocabulary_sweep` gives, of projected hidden states."""
     tokens = len(token_ids)
     taus = ops.each(temperature, temperatures)
-    logprobs, lse = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    logprobs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+    lse = torch.empty(tokens, dtype=ops.lse_dtype(impl), device=hidden.device)
     entropies = torch.empty(tokens if entropy else 0, dtype=torch.float32, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         layer = OutputLayer.of(weight, bias, scale, softcap, banned_ids, budget, computed_in)
@@ -204,7 +205,9 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     row = hidden.new_empty(token_ids.shape, dtype=torch.float32)
-    return row, row.new_empty(token_ids.shape if entropy else (0,)), row.new_empty(token_ids.shape)
+    *_, impl = rest
+    lse = row.new_empty(token_ids.shape, dtype=ops.lse_dtype(impl))
+    return row, row.new_empty(token_ids.shape if entropy else (0,)), lse
 
 
 @torch.library.custom_op("medbridge_kernels::linear_sweep_backward", mutates_args=())
@@ -245,13 +248,12 @@ def linear_sweep_backward(
                 None if grad_entropy is None else grad_entropy[part], logits,
             )  # fmt: skip
             gradients.add(logits, states, part)
-    return _typed(gradients.hidden, hidden), _typed(gradients.weight, weight), _typed(gradients.bias, bias)
-
-
-def _typed(gradient: Tensor | None, of: Tensor | None) -> Tensor:
-    if gradient is None or of is None:
-        return torch.empty(0)
-    return gradient.to(of.dtype)
+    found, leaves = (gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias)
+    in_hidden, in_weight, in_bias = (
+        hidden.new_empty(0) if gradient is None or leaf is None else gradient.to(leaf.dtype)
+        for gradient, leaf in zip(found, leaves, strict=True)
+    )
+    return in_hidden, in_weight, in_bias
 
 
 @linear_sweep_backward.register_fake
@@ -273,9 +275,9 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.empty_like(hidden) if of_hidden else torch.empty(0),
-        torch.empty_like(weight) if of_weight else torch.empty(0),
-        torch.empty_like(bias) if of_bias and bias is not None else torch.empty(0),
+        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if of_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if of_bias and bias is not None else hidden.new_empty(0),
     )
 
 
@@ -293,7 +295,7 @@ def _sweep_gradient(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor
     if entropy is None:
         grad_entropy = None
     if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(lse)
+        grad_logprobs = torch.zeros_like(lse, dtype=torch.float32)
     needs = ctx.needs_input_grad[:3]
     gradients = linear_sweep_backward(
         hidden, weight, bias, token_ids, keep, ctx.temperature, temperatures, lse,
@@ -387,6 +389,8 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():  # what is given back would pass for a constant
+            raise RuntimeError("linear_grpo_loss has no second derivative: its backward pass can't create a graph")
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_grpo_loss: its gradients were made with the loss, and a backward pass has taken them"
@@ -427,7 +431,7 @@ def linear_loss(
             assert inputs.old_logprobs is not None
             factor = reference.surrogate_factor(inputs.old_logprobs.float(), inputs, config)
         if isinstance(temperature, Tensor):
-            temperature = temperature.float()
+            temperature = temperature.float().contiguous()
         chunked = ChunkedLoss(
             OutputLayer.of(weight, bias, *layer),
             token_ids,

@@ -82,7 +82,7 @@ def linear_grpo_loss(
             logits, token_ids, inputs, masked, temperature, config, normalizer
         )
         return loss, LossOutputs(logprobs, entropy, metrics)
-    keep = inputs.keep if masked else None
+    token_ids, keep = token_ids.contiguous(), inputs.keep if masked else None
     if linear.is_coupled(inputs, config) or torch.compiler.is_compiling():
         logprobs, entropy, _ = linear.linear_sweep(
             hidden, weight, bias, token_ids, keep, *ops.split_temperature(temperature), True,
@@ -162,7 +162,7 @@ def linear_token_logprobs(
     shape = token_ids.shape
     if hidden.shape[:-1] != shape:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, must be [..., width] with token_ids {tuple(shape)}")
-    hidden, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
+    hidden, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).contiguous()
     if isinstance(temperature, Tensor):
         check_temperature(token_ids, temperature)
         temperature = temperature.reshape(-1)

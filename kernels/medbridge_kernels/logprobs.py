@@ -68,7 +68,7 @@ def token_logprobs(
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(-1)
     flat, entropies, _ = ops.vocabulary_sweep(
-        rows if rows.stride(-1) == 1 else rows.contiguous(), token_ids.reshape(-1), None,
+        rows if rows.stride(-1) == 1 else rows.contiguous(), token_ids.reshape(-1).contiguous(), None,
         *ops.split_temperature(temperature), entropy, True, False, chosen,
     )  # fmt: skip
     logprobs = flat.reshape(token_ids.shape)

@@ -20,6 +20,11 @@ def backend(impl: str) -> ModuleType:
     return {"native": native, "triton": triton}[impl]
 
 
+def lse_dtype(impl: str) -> torch.dtype:
+    """Of the log-sum-exp that a back end's `sweep` gives for its `sweep_backward`."""
+    return torch.float64 if impl == "native" else torch.float32
+
+
 def each(temperature: float, temperatures: Tensor | None) -> float | Tensor:
     """The temperature as the back ends take it: operators can't have an argument that is one or the other."""
     return temperature if temperatures is None else temperatures
@@ -63,7 +68,7 @@ def vocabulary_sweep(
     inplace: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, entropy (empty unless asked for) and log-sum-exp of each row, float32 [tokens].
+    """Log-probability, entropy (empty unless asked for), both float32, and log-sum-exp of each row, [tokens].
 
     `entropy_grad=False` leaves the entropy out of the graph. `inplace` has the backward write the gradient over the
     logits.
@@ -85,7 +90,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens = token_ids.shape
     row = logits.new_empty(tokens, dtype=torch.float32)
-    return row, row.new_empty(tokens if entropy else (0,)), row.new_empty(tokens)
+    return row, row.new_empty(tokens if entropy else (0,)), row.new_empty(tokens, dtype=lse_dtype(impl))
 
 
 @torch.library.custom_op("medbridge_kernels::vocabulary_sweep_backward", mutates_args=())
@@ -145,7 +150,7 @@ def _sweep_gradient(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor
     if entropy is None:
         grad_entropy = None
     if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(lse)
+        grad_logprobs = torch.zeros_like(lse, dtype=torch.float32)
     run = vocabulary_sweep_backward_ if ctx.inplace else vocabulary_sweep_backward
     grad = run(
         logits, token_ids, keep, ctx.temperature, temperatures, lse,
@@ -247,11 +252,11 @@ def policy_loss(
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics by `policy_terms`, with the face of `reference.policy_terms`."""
-    fixed = normalizer if isinstance(normalizer, float | int) else 0.0
+    fixed = 0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer)
     loss, _, _, metrics = policy_terms(
         logprobs, entropy, inputs.sequence_ids, inputs.n_sequences, inputs.advantages, inputs.per_token,
         inputs.old_logprobs, inputs.ref_logprobs, inputs.rollout_logprobs, inputs.keep if masked else None,
-        float(fixed), normalizer if isinstance(normalizer, Tensor) else None, config.key,
+        fixed, normalizer if isinstance(normalizer, Tensor) else None, config.key,
     )  # fmt: skip
     names = metric_names(config, inputs.ref_logprobs is not None, inputs.rollout_logprobs is not None)
     return loss, dict(zip(names, metrics.detach().unbind(), strict=True))

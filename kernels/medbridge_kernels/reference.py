@@ -93,17 +93,17 @@ def scaled_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 def logprobs_and_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """From scaled logits z [..., vocab]: ``z_label - lse(z)`` and ``-sum_j p_j log p_j``, each [...]."""
-    lse = torch.logsumexp(logits, dim=-1)
-    # Not lse - sum_j p_j z_j, whose two halves cancel where the distribution is peaked. A token that is ruled
-    # out (logit -inf) adds 0 to the entropy, not -inf * 0.
-    all_logprobs = logits - lse[..., None]
-    entropy = -(torch.exp(all_logprobs) * all_logprobs.clamp(min=torch.finfo(logits.dtype).min)).sum(dim=-1)
-    return label_logits(logits, token_ids) - lse, entropy
+    # Not z - logsumexp(z): the rounding of a large sum would be an error of all of the row's probabilities. Nor is the
+    # entropy lse - sum_j p_j z_j, whose two halves cancel where the distribution is peaked. A token that is ruled out
+    # (logit -inf) adds 0 to it and to its gradient, not -inf * 0.
+    all_logprobs = torch.log_softmax(logits, dim=-1)
+    entropy = -(torch.exp(all_logprobs) * all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)).sum(dim=-1)
+    return _of_labels(all_logprobs, token_ids), entropy
 
 
-def label_logits(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """The logit of each label, [...]."""
-    return logits.gather(-1, token_ids[..., None]).squeeze(-1)
+def _of_labels(values: Tensor, token_ids: Tensor) -> Tensor:
+    """The value of each label, [...]."""
+    return values.gather(-1, token_ids[..., None]).squeeze(-1)
 
 
 def token_logprobs(
@@ -118,7 +118,7 @@ def token_logprobs(
     z = scaled_logits(logits, temperature)
     if entropy and entropy_grad:
         return logprobs_and_entropy(z, token_ids)
-    logprobs = label_logits(z, token_ids) - torch.logsumexp(z, dim=-1)
+    logprobs = _of_labels(torch.log_softmax(z, dim=-1), token_ids)
     if not entropy:
         return logprobs, None
     with torch.no_grad():
@@ -140,7 +140,7 @@ def _token_logprobs_in_blocks(
         part = slice(start, start + block)
         z = scaled_logits(rows[part], temperature if per_row is None else per_row[part])
         if entropies is None:
-            logprobs[part] = label_logits(z, ids[part]) - torch.logsumexp(z, dim=-1)
+            logprobs[part] = _of_labels(torch.log_softmax(z, dim=-1), ids[part])
         else:
             logprobs[part], entropies[part] = logprobs_and_entropy(z, ids[part])
     shape = token_ids.shape

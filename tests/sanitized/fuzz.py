@@ -1,4 +1,4 @@
-"""Seeded fuzz over the functions of the extension: odd shapes, dtypes, layouts and values. run.sh adds sanitizers.
+"""Seeded fuzz over the functions of the extensions: odd shapes, dtypes, layouts and values. run.sh adds sanitizers.
 
     python tests/sanitized/fuzz.py --seconds 20 --seed 0
 
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from medbridge import _native
+from medbridge_kernels import _native as kernels
 
 Arguments = dict[str, Any]
 SLACK = 1e-9  # relative, for rounding at the ends of a range
@@ -41,20 +42,22 @@ class Array:
 
 @dataclass(frozen=True)
 class Function:
+    run: Callable[..., Any]
     make: Callable[[Draw], Arguments]  # valid arguments
     returns: Callable[[Arguments], list[Array]]  # for arguments that were accepted
+    converts: bool  # takes the same numbers in any dtype and layout
 
 
 FUNCTIONS: dict[str, Function] = {}
 
 
 def fuzzed(
-    name: str, returns: Callable[[Arguments], list[Array]]
+    name: str, returns: Callable[[Arguments], list[Array]], run: Callable[..., Any] | None = None
 ) -> Callable[[Callable[[Draw], Arguments]], Callable[[Draw], Arguments]]:
-    """Registers a generator of valid arguments for `_native.<name>`; the driver spoils them."""
+    """Registers a generator of valid arguments for `_native.<name>`, or for `run`; the driver spoils them."""
 
     def register(make: Callable[[Draw], Arguments]) -> Callable[[Draw], Arguments]:
-        FUNCTIONS[name] = Function(make, returns)
+        FUNCTIONS[name] = Function(run or getattr(_native, name, None), make, returns, converts=run is None)
         return make
 
     return register
@@ -247,6 +250,141 @@ def fit_spectra(draw: Draw) -> Arguments:
     return {**arguments, "weights": weights, "tolerance": tolerance, "max_iterations": iterations}
 
 
+# The functions of medbridge_kernels write into the caller's arrays and convert nothing. Here they get arrays with room
+# on both sides, which must stay as it was.
+
+ROOM = 5.5  # any number that no function writes
+
+
+def with_room(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, Callable[[], None]]:
+    """An array to be written, and the check that nothing around it was."""
+    memory = np.full((*shape[:-1], shape[-1] + 14), ROOM).astype(dtype)
+    inside = memory[..., 9:-5]
+
+    def check() -> None:
+        around = np.concatenate([memory[..., :9], memory[..., -5:]], axis=-1)
+        assert (around == np.asarray(ROOM).astype(dtype)).all(), "something was written beside the output"
+
+    return inside, check
+
+
+def rows_of(array: Any) -> int:
+    return int(array.shape[0]) if isinstance(array, np.ndarray) and array.ndim else 0
+
+
+def sweep_into_room(**arguments: Any) -> tuple[np.ndarray, ...]:
+    with_entropy = arguments.pop("with_entropy")
+    tokens = rows_of(arguments["logits"])
+    (logprobs, check_logprobs), (entropy, check_entropy) = (with_room((tokens,), np.float32) for _ in range(2))
+    lse, check_lse = with_room((tokens,), np.float64)
+    kernels.sweep(**arguments, logprobs=logprobs, entropy=entropy if with_entropy is True else None, lse=lse)
+    for check in (check_logprobs, check_entropy, check_lse):
+        check()
+    assert not (logprobs > 1e-6).any() and not (with_entropy is True and (entropy < -1e-6).any())
+    return logprobs, lse
+
+
+def sweep_backward_into_room(**arguments: Any) -> np.ndarray:
+    logits = arguments["logits"]
+    if not isinstance(logits, np.ndarray) or logits.ndim != 2:
+        kernels.sweep_backward(**arguments, out=np.zeros((3, 4), np.float32))
+    out, check = with_room(logits.shape, logits.dtype if logits.dtype.kind in "if" else np.float32)
+    kernels.sweep_backward(**arguments, out=out)
+    check()
+    if arguments["dtype"] == "float32":
+        return out
+    return out.copy().view(np.float16).astype(np.float64) if arguments["dtype"] == "float16" else as_float32(out)
+
+
+def as_float32(bfloat16: np.ndarray) -> np.ndarray:
+    return (bfloat16.astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def logit_arrays(draw: Draw) -> Arguments:
+    tokens, vocab = draw.one(0, 1, 2, 5, 12, 40), draw.one(0, 1, 2, 3, 15, 16, 17, 40, 129, 300, 5000)
+    padding = draw.one(0, 0, 3, 16)
+    values = draw.rng.normal(size=(tokens, vocab + padding)).astype(np.float32) * draw.one(0, 1, 30, 1e30)
+    special = draw.rng.random(values.shape) < draw.one(0.0, 0.0, 0.1, 1.0)
+    values[special] = draw.one(-np.inf, np.inf, np.nan, -3.4e38, 1e-40)
+    dtype = draw.one("float32", "bfloat16", "float16")
+    if dtype == "bfloat16":
+        values = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+    elif dtype == "float16":
+        values = values.astype(np.float16).view(np.int16)
+    if dtype != "float32" and draw.chance(0.2):  # any bits at all
+        values = draw.rng.integers(-(2**15), 2**15, values.shape).astype(np.int16)
+    ids = draw.rng.integers(-2, vocab + 2, tokens)
+    ids[draw.rng.random(tokens) < 0.1] = draw.one(-100, 2**62, -(2**63), 0)
+    return {
+        "logits": values[:, padding // 2 : padding // 2 + vocab],
+        "dtype": dtype,
+        "token_ids": ids,
+        "keep": draw.one(None, draw.rng.random(tokens) < 0.6),
+        "temperature": draw.one(1.0, 0.7, 1e-3, 1e3),
+        "temperatures": draw.one(None, draw.rng.random(tokens).astype(np.float32) * draw.one(0, 1, 10, -1)),
+    }
+
+
+@fuzzed("kernels.sweep", lambda a: [Array((rows_of(a["logits"]),), -np.inf)] * 2, sweep_into_room)
+def kernels_sweep(draw: Draw) -> Arguments:
+    return {**logit_arrays(draw), "with_entropy": draw.chance(0.5)}
+
+
+@fuzzed("kernels.sweep_backward", lambda a: [Array(a["logits"].shape, -np.inf, np.inf)], sweep_backward_into_room)
+def kernels_sweep_backward(draw: Draw) -> Arguments:
+    arguments = logit_arrays(draw)
+    tokens = rows_of(arguments["logits"])
+    row = [draw.rng.normal(size=tokens).astype(np.float32) * draw.one(0, 1, 1, 1e20) for _ in range(3)]
+    entropy = draw.one(None, row[2])
+    return {
+        **arguments,
+        "lse": draw.rng.normal(size=tokens) * draw.one(1, 20, 1e38),
+        "entropy": entropy,
+        "by_logprob": row[0],
+        "by_entropy": None if entropy is None else draw.one(None, row[1]),
+    }
+
+
+def group_advantages_into_room(**arguments: Any) -> np.ndarray:
+    rewards = arguments["rewards"]
+    dtype = rewards.dtype if isinstance(rewards, np.ndarray) and rewards.dtype == np.float64 else np.float32
+    out, check = with_room((rows_of(rewards),), dtype)
+    kernels.group_advantages(**arguments, out=out)
+    check()
+    return out
+
+
+def group_offsets(draw: Draw, rewards: int) -> np.ndarray:
+    cuts = np.sort(draw.rng.integers(0, rewards, draw.one(0, 1, 5, 40), endpoint=True))
+    return np.concatenate([[0], cuts, [rewards]])
+
+
+@fuzzed("kernels.group_advantages", lambda a: [Array(a["rewards"].shape, -np.inf, np.inf)], group_advantages_into_room)
+def kernels_group_advantages(draw: Draw) -> Arguments:
+    count = draw.one(0, 1, 2, 9, 100)
+    rewards = draw.one(draw.rng.normal(size=count), draw.rng.integers(0, 2, count), np.full(count, 0.1))
+    rewards = rewards.astype(draw.one(np.float32, np.float64)) * draw.one(1, 1, 1e-30, 1e30)
+    rewards[draw.rng.random(count) < draw.one(0, 0.2)] = draw.one(np.nan, np.inf)
+    return {
+        "rewards": rewards,
+        "group_offsets": group_offsets(draw, count),
+        "baseline": draw.one("mean", "loo", "none"),
+        "scale": draw.one("std", "batch_std", "none"),
+        "unbiased": draw.chance(0.5),
+        "eps": draw.one(0.0, 1e-4, 1.0),
+    }
+
+
+def offset_check(**arguments: Any) -> np.ndarray:
+    return np.array([kernels.check_offsets(**arguments)])
+
+
+@fuzzed("kernels.check_offsets", lambda a: [Array((1,), -1, length(a["group_offsets"]))], offset_check)
+def kernels_check_offsets(draw: Draw) -> Arguments:
+    count = draw.one(0, 1, 9)
+    return {"group_offsets": group_offsets(draw, count), "count": int(draw.one(count, count, 0, -1, 2**62))}
+
+
 def same_values(draw: Draw, array: np.ndarray) -> Any:
     """The array in another layout or dtype; the function must not notice."""
     padded = np.zeros(array.nbytes + 1, dtype=np.uint8)
@@ -273,7 +411,8 @@ def spoilt_array(draw: Draw, array: np.ndarray) -> Any:
         value = draw.one(
             -1, 0, 1, 2, 1025, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, -(2**63), np.nan, np.inf, -0.5, 1e308
         )
-        changed = array.astype(np.float64 if isinstance(value, float) else array.dtype)
+        wide = np.float64 if isinstance(value, float) else np.int64 if array.dtype.kind == "i" else array.dtype
+        changed = array.astype(array.dtype if array.dtype.kind == "f" else wide)
         changed[tuple(draw.rng.integers(0, array.shape))] = value
         return changed
     return draw.one(
@@ -313,7 +452,8 @@ def case(seed: int, index: int, names: list[str]) -> tuple[str, Arguments]:
             if isinstance(value, np.ndarray):
                 if argument == spoilt:
                     value = spoilt_array(draw, value)
-                if type(value) is np.ndarray and value.ndim and value.dtype.kind in "iuf" and draw.chance(0.5):
+                numbers = type(value) is np.ndarray and value.ndim and value.dtype.kind in "iuf"
+                if numbers and FUNCTIONS[name].converts and draw.chance(0.5):
                     value = same_values(draw, value)
             elif argument == spoilt and not isinstance(value, bool):
                 value = spoilt_scalar(draw)
@@ -321,10 +461,12 @@ def case(seed: int, index: int, names: list[str]) -> tuple[str, Arguments]:
     return name, arguments
 
 
-def plain(value: Any) -> Any:
-    """The same numbers as a fresh array of 8-byte numbers; scalars, and what has no numbers, as they are."""
+def plain(value: Any, converts: bool) -> Any:
+    """The same numbers as a fresh array, of 8-byte numbers for a function that converts; other things as they are."""
     if not isinstance(value, np.ndarray | list) or np.size(value) == 0:
         return value
+    if not converts:
+        return np.array(value, order="C")
     array = np.asarray(value)
     if array.dtype.kind == "f":
         return array.astype(np.float64, order="C")
@@ -337,20 +479,22 @@ def arrays_of(result: Any) -> list[np.ndarray]:
 
 def call(name: str, arguments: Arguments) -> bool:
     """Calls the function and checks what it returns. False: it refused."""
-    function = getattr(_native, name)
+    function = FUNCTIONS[name]
     try:
-        found = arrays_of(function(**arguments))
+        found = arrays_of(function.run(**arguments))
     except (ValueError, TypeError) as refusal:
         assert str(refusal), "a refusal must say why"
         return False
-    expected = FUNCTIONS[name].returns(arguments)
+    expected = function.returns(arguments)
     assert len(found) == len(expected), f"{len(found)} arrays were returned instead of {len(expected)}"
     for place, (array, wanted) in enumerate(zip(found, expected, strict=True)):
         assert array.shape == wanted.shape, f"array {place} has shape {array.shape} instead of {wanted.shape}"
         room = SLACK * max(abs(wanted.low), abs(wanted.high)) if wanted.high < sys.float_info.max else 0.0
-        wrong = ~(np.isnan(array) | ((array >= wanted.low - room) & (array <= wanted.high + room)))
+        wide = array.astype(np.float64)
+        wrong = ~(np.isnan(wide) | ((wide >= wanted.low - room) & (wide <= wanted.high + room)))
         assert not wrong.any(), f"array {place} holds {array[wrong][0]}, outside {wanted.low} to {wanted.high}"
-    again = arrays_of(function(**{argument: plain(value) for argument, value in arguments.items()}))
+    copies = {argument: plain(value, function.converts) for argument, value in arguments.items()}
+    again = arrays_of(function.run(**copies))
     for place, (array, other) in enumerate(zip(found, again, strict=True)):
         assert array.tobytes() == other.tobytes(), f"array {place} differs from that of plain copies of the arguments"
     return True
@@ -367,7 +511,7 @@ def run(seed: int, seconds: float, names: list[str], progress: mmap.mmap) -> Non
         answers[name][call(name, arguments)] += 1
         index += 1
     for name, count in answers.items():
-        print(f"  {name:<22} {count[True]:6} returned, {count[False]:6} refused")
+        print(f"  {name:<24} {count[True]:6} returned, {count[False]:6} refused")
         assert count[True] and count[False], f"{name}: the fuzz must meet both, give it more time"
     print(f"{index} calls, seed {seed}: nothing found")
 
@@ -378,6 +522,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     public = {name for name in dir(_native) if not name.startswith("_")}
+    public |= {f"kernels.{name}" for name in dir(kernels) if not name.startswith("_")} - {"kernels.instruction_set"}
     if public - FUNCTIONS.keys():
         sys.exit(f"functions without a generator here: {', '.join(sorted(public - FUNCTIONS.keys()))}")
     names = [name for name in FUNCTIONS if name in public]

@@ -1,5 +1,5 @@
-"""The Triton back end: kernels for NVIDIA and AMD GPUs of what reference defines. Triton itself is imported with the first
-kernel that is used, and needn't be there before.
+"""The Triton back end: kernels for NVIDIA and AMD GPUs of what reference defines. Triton itself is imported with the
+first kernel that is used, and needn't be there before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""The group advantage in Triton: one program per group, of any size. In float64, like `reference.group_advantages`, whose maths
-this is: rewards are few.
+"""The group advantage in Triton: one program per group, of any size. In float64, like `reference.group_advantages`,
+whose maths this is: rewards are few.
 """
+
+# Triton's kernels carry no types but tl.constexpr.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def load_rewards(rewards_ptr, index, end):
 
 @triton.jit
 def group_mean(rewards_ptr, start, end, TILE: tl.constexpr):
-    """Number, mean, largest and smallest of the valid rewards; the mean in two passes, as it is in the reference."""
+    """Number, mean, what rounding left of the mean (see `deviation`), largest and smallest of the valid rewards."""
     count = tl.full((TILE,), 0.0, tl.float64)
     total = tl.full((TILE,), 0.0, tl.float64)
     largest = tl.full((TILE,), -INFINITY, tl.float64)
@@ -38,22 +41,28 @@ def group_mean(rewards_ptr, start, end, TILE: tl.constexpr):
         smallest = tl.minimum(smallest, tl.where(valid, reward, INFINITY))
     count = tl.sum(count, axis=0)
     mean = tl.sum(total, axis=0) / tl.maximum(count, 1.0)
-    # The second pass takes out what rounding left of the mean.
     left = tl.full((TILE,), 0.0, tl.float64)
     for first in range(start, end, TILE):
         reward, valid = load_rewards(rewards_ptr, first + lane, end)
         left += tl.where(valid, reward - mean, 0.0)
-    mean += tl.sum(left, axis=0) / tl.maximum(count, 1.0)
-    return count, mean, tl.max(largest, axis=0), tl.min(smallest, axis=0)
+    rest = tl.sum(left, axis=0) / tl.maximum(count, 1.0)
+    return count, mean, rest, tl.max(largest, axis=0), tl.min(smallest, axis=0)
 
 
 @triton.jit
-def square_sum(rewards_ptr, start, end, mean, TILE: tl.constexpr):
+def deviation(reward, mean, rest):
+    """From the mean, in two steps as in the reference: beside the rounding of the mean nearly equal rewards vanish."""
+    return (reward - mean) - rest
+
+
+@triton.jit
+def square_sum(rewards_ptr, start, end, mean, rest, TILE: tl.constexpr):
     """Sum of the squared deviations from the mean."""
     total = tl.full((TILE,), 0.0, tl.float64)
     for first in range(start, end, TILE):
         reward, valid = load_rewards(rewards_ptr, first + tl.arange(0, TILE), end)
-        total += tl.where(valid, (reward - mean) * (reward - mean), 0.0)
+        centred = deviation(reward, mean, rest)
+        total += tl.where(valid, centred * centred, 0.0)
     return tl.sum(total, axis=0)
 
 
@@ -71,10 +80,10 @@ def batch_moments_kernel(rewards_ptr, n_rewards, moments_ptr, TILE: tl.constexpr
     tile = tl.program_id(0).to(tl.int64)
     start = tile * TILE
     end = tl.minimum(start + TILE, n_rewards)
-    count, mean, _, _ = group_mean(rewards_ptr, start, end, TILE)
+    count, mean, rest, _, _ = group_mean(rewards_ptr, start, end, TILE)
     tl.store(moments_ptr + 3 * tile, count)
-    tl.store(moments_ptr + 3 * tile + 1, mean)
-    tl.store(moments_ptr + 3 * tile + 2, square_sum(rewards_ptr, start, end, mean, TILE))
+    tl.store(moments_ptr + 3 * tile + 1, mean + rest)
+    tl.store(moments_ptr + 3 * tile + 2, square_sum(rewards_ptr, start, end, mean, rest, TILE))
 
 
 @triton.jit
@@ -94,8 +103,8 @@ def batch_moments(moments_ptr, n_tiles, TILE: tl.constexpr):
     for first in range(0, n_tiles, TILE):
         here = first + lane < n_tiles
         count = tl.load(moments_ptr + 3 * (first + lane), mask=here, other=0.0)
-        deviation = tl.load(moments_ptr + 3 * (first + lane) + 1, mask=here, other=0.0) - mean_all
-        squares += tl.load(moments_ptr + 3 * (first + lane) + 2, mask=here, other=0.0) + count * deviation * deviation
+        apart = tl.load(moments_ptr + 3 * (first + lane) + 1, mask=here, other=0.0) - mean_all
+        squares += tl.load(moments_ptr + 3 * (first + lane) + 2, mask=here, other=0.0) + count * apart * apart
     return count_all, tl.sum(squares, axis=0)
 
 
@@ -119,16 +128,10 @@ def group_advantages_kernel(
     start = tl.maximum(tl.load(group_offsets_ptr + group), 0)
     end = tl.minimum(tl.load(group_offsets_ptr + group + 1), n_rewards)
 
-    count, mean, largest, smallest = group_mean(rewards_ptr, start, end, TILE)
-    baseline = 0.0
-    factor = 1.0
-    if BASELINE != "none":
-        baseline = mean
-    if BASELINE == "loo":  # r - mean of the others = (r - mean) * count / (count - 1)
-        factor = count / tl.maximum(count - 1.0, 1.0)
+    count, mean, rest, largest, smallest = group_mean(rewards_ptr, start, end, TILE)
     divisor = 1.0
     if SCALE == "std":
-        squares = square_sum(rewards_ptr, start, end, mean, TILE)
+        squares = square_sum(rewards_ptr, start, end, mean, rest, TILE)
         divisor = standard_deviation(squares, count, UNBIASED) + eps
     elif SCALE == "batch_std":
         count_all, squares = batch_moments(moments_ptr, n_tiles, TILE)
@@ -137,7 +140,12 @@ def group_advantages_kernel(
     for first in range(start, end, TILE):
         index = first + tl.arange(0, TILE)
         reward, valid = load_rewards(rewards_ptr, index, end)
-        advantage = (reward - baseline) * factor / divisor
+        advantage = reward
+        if BASELINE != "none":
+            advantage = deviation(reward, mean, rest)
+        if BASELINE == "loo":  # r - mean of the others = (r - mean) * count / (count - 1)
+            advantage = advantage * (count / tl.maximum(count - 1.0, 1.0))
+        advantage = advantage / divisor
         if BASELINE != "none" or SCALE == "std":
             # (r - mean) / (std + eps) of equal rewards is rounding noise, not 0. A singleton is such a group.
             advantage = tl.where(largest == smallest, 0.0, advantage)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,6 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "g
 """Bytes of shared memory that a program may have."""
 
 
-_read: dict[str, Compiled] = {}
-"""What was read already, by the kernel's hash: presets share kernels."""
-
-
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """What a compiler made of a kernel.
@@ -49,19 +46,34 @@ class Compiled:
     Attributes:
         kernel: its name.
         registers: per thread.
-        spills: registers that are kept in memory (AMD), or bytes of the stack (NVIDIA).
+        spills: bytes of the stack (NVIDIA), or registers that are kept in memory (AMD).
         shared: bytes of shared memory.
-        loads, stores: how many instructions of each width in bytes access global memory.
-        intermediate: PTX (NVIDIA) or the assembly itself (AMD).
+        intermediate: PTX (NVIDIA) or the assembly (AMD).
+        code: the machine code (NVIDIA) or the assembly (AMD).
     """
 
     kernel: str
     registers: int
     spills: int
     shared: int
-    loads: dict[int, int]
-    stores: dict[int, int]
     intermediate: str
+    code: bytes | str
+
+    def loads(self) -> dict[int, int]:
+        """How many instructions of each width in bytes load from global memory."""
+        return self._widths("LDG", "load")
+
+    def stores(self) -> dict[int, int]:
+        """How many instructions of each width in bytes store to global memory."""
+        return self._widths("STG", "store")
+
+    def _widths(self, nvidia: str, amd: str) -> dict[int, int]:
+        if isinstance(self.code, bytes):
+            text = _cuobjdump("-sass", self.code)
+            widths = [_nvidia_width(modifiers) for modifiers in re.findall(rf"\b{nvidia}\.(\S+)", text)]
+        else:
+            widths = [_amd_width(unit) for unit in re.findall(rf"\b(?:global|buffer|flat)_{amd}_(\w+)", self.code)]
+        return dict(Counter(widths))
 
 
 class _Elsewhere:
@@ -82,7 +94,7 @@ class _Elsewhere:
 
 @contextmanager
 def compiling_for(name: str) -> Iterator[list[Any]]:
-    """Within it, kernels that are launched are compiled for this target (see TARGETS) instead, into the list it gives."""
+    """Within it, kernels that are launched are compiled for this target of TARGETS instead, into the list it gives."""
     target, launched = TARGETS[name], []
     run, active, warp = JITFunction.run, driver._active, launch.WARP
 
@@ -106,12 +118,11 @@ def shipped(vocab: int = 151_936) -> dict[str, Callable[[], Any]]:
         name = str(dtype).removeprefix("torch.")
         calls[f"sweep {name}"] = partial(_sweep, dtype, vocab, False)
         calls[f"sweep {name}, entropy, mask, temperatures"] = partial(_sweep, dtype, vocab, True)
-        calls[f"sweep {name}, entropy, mask, temperatures, odd vocabulary"] = partial(_sweep, dtype, vocab + 1, True)
         calls[f"sweep_backward {name}"] = partial(_sweep_backward, dtype, vocab, False)
         calls[f"sweep_backward {name}, entropy, mask, temperatures"] = partial(_sweep_backward, dtype, vocab, True)
-        calls[f"sweep_backward {name}, entropy, mask, temperatures, odd vocabulary"] = partial(
-            _sweep_backward, dtype, vocab + 1, True
-        )
+    odd = "bfloat16, entropy, mask, temperatures, odd vocabulary"
+    calls[f"sweep {odd}"] = partial(_sweep, torch.bfloat16, vocab + 1, True)
+    calls[f"sweep_backward {odd}"] = partial(_sweep_backward, torch.bfloat16, vocab + 1, True)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         calls[f"group_advantages {name}, loo, batch_std"] = partial(_advantages, dtype, "loo", "batch_std")
@@ -136,10 +147,7 @@ def compile_shipped(call: Callable[[], Any], target: str) -> list[Compiled]:
     with compiling_for(target) as kernels:
         call()
     read = _read_cubin if TARGETS[target].backend == "cuda" else _read_amdgcn
-    for kernel in kernels:
-        if kernel.hash not in _read:
-            _read[kernel.hash] = read(kernel)
-    return [_read[kernel.hash] for kernel in kernels]
+    return [read(kernel) for kernel in kernels]
 
 
 def _sweep(dtype: torch.dtype, vocab: int, full: bool) -> Any:
@@ -161,59 +169,52 @@ def _advantages(dtype: torch.dtype, baseline: str, scale: str) -> Any:
 
 def _policy(config: LossConfig, full: bool, per_token: bool) -> Any:
     rows = torch.zeros(32)
-    others = (rows, rows, rows) if full else (rows, None, None)
+    ref, rollout, mask = (rows, rows, _mask(32)) if full else (None, None, None)
     advantages = rows if per_token else torch.zeros(4)
-    ids = torch.zeros(32, dtype=torch.int64)
-    mask = _mask(32) if full else None
-    return policy_terms(rows, rows, ids, len(advantages), advantages, per_token, *others, mask, 32.0, config)
+    return policy_terms(
+        rows, rows, rows.long(), len(advantages), advantages, per_token, rows, ref, rollout, mask, 32.0, config
+    )
 
 
 def _mask(tokens: int) -> torch.Tensor:
     return torch.ones(tokens, dtype=torch.bool)
 
 
-def _read_cubin(kernel: Any) -> Compiled:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+@lru_cache(maxsize=16)
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, options in (("cuobjdump", ["-res-usage"]), ("nvdisasm", []))
-        )
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    spills = numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return Compiled(
-        kernel.metadata.name, numbers["REG"], spills, kernel.metadata.shared,
-        _widths(re.findall(r"\bLDG\.(\S+)", sass)), _widths(re.findall(r"\bSTG\.(\S+)", sass)), kernel.asm["ptx"],
-    )  # fmt: skip
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _widths(modifiers: list[str]) -> dict[int, int]:
-    """Instructions by bytes, from modifiers such as E.128 or E.U16; without a number 4."""
-    widths: dict[int, int] = {}
-    for text in modifiers:
-        bits = re.search(r"\b[US]?(8|16|64|128|256)\b", text)
-        width = int(bits[1]) // 8 if bits else 4
-        widths[width] = widths.get(width, 0) + 1
-    return widths
+def _read_cubin(kernel: Any) -> Compiled:
+    cubin = kernel.asm["cubin"]
+    usage = {
+        name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", cubin))
+    }
+    spills = usage["STACK"] + usage["LOCAL"]
+    return Compiled(kernel.metadata.name, usage["REG"], spills, kernel.metadata.shared, kernel.asm["ptx"], cubin)
 
 
 def _read_amdgcn(kernel: Any) -> Compiled:
     text = kernel.asm["amdgcn"]
-
-    def number(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])  # type: ignore[index]
-
-    def widths(kind: str) -> dict[int, int]:
-        found: dict[int, int] = {}
-        for unit in re.findall(rf"\b(?:global|buffer|flat)_{kind}_(\w+)", text):
-            words = re.fullmatch(r"dword(?:x(\d))?", unit)
-            width = 4 * int(words[1] or 1) if words else 1 if "byte" in unit else 2
-            found[width] = found.get(width, 0) + 1
-        return found
-
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return Compiled(
-        kernel.metadata.name, number("vgpr_count"), spills, kernel.metadata.shared, widths("load"), widths("store"), text
+    registers, *spills = (
+        int(value)
+        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        for value in re.findall(rf"\.{name}:\s*(\d+)", text)
     )
+    return Compiled(kernel.metadata.name, registers, sum(spills), kernel.metadata.shared, text, text)
+
+
+def _nvidia_width(modifiers: str) -> int:
+    """Bytes, from modifiers such as E.128 or E.U16; without a number 4."""
+    bits = re.search(r"\b[US]?(8|16|64|128|256)\b", modifiers)
+    return int(bits[1]) // 8 if bits else 4
+
+
+def _amd_width(unit: str) -> int:
+    """Bytes, from units such as dwordx4 or ushort."""
+    words = re.fullmatch(r"dword(?:x(\d))?", unit)
+    return 4 * int(words[1] or 1) if words else 1 if "byte" in unit else 2

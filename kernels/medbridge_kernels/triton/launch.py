@@ -21,25 +21,26 @@ class Launch:
 
     def warps(self) -> int:
         """As many warps as make these threads."""
-        return self.threads // WARP
+        return max(1, self.threads // WARP)
 
 
 # Chosen by arithmetic and by the registers in docs/triton-kernels.md, not yet measured on a GPU.
 LAUNCHES = {
-    # Two 16-byte loads in flight per thread and so few registers that an SM holds its 2,048 threads: 64 KB in flight, where
-    # an H100 needs about 20 KB an SM to fill its memory. Larger tiles only leave more in the masked rest.
+    # Two 16-byte loads in flight per thread and so few registers that an SM holds its 2,048 threads: 64 KB in flight,
+    # where an H100 needs about 20 KB an SM to fill its memory. Larger tiles only leave more in the masked rest.
     ("sweep", 2): Launch(4096, 256),
     ("sweep", 4): Launch(2048, 256),
     # The same loads, and as many stores.
     ("sweep_backward", 2): Launch(4096, 256),
     ("sweep_backward", 4): Launch(2048, 256),
-    # Groups mostly have 8 to 64 rewards: a warp, without barriers.
-    ("group_advantages", 8): Launch(64, 64),
+    # Groups mostly have 8 to 64 rewards: one warp, without barriers.
+    ("group_advantages", 8): Launch(64, 32),
     # A batch is split into this many rewards a program, which a later kernel reads as one value each.
     ("batch_moments", 8): Launch(1024, 256),
-    # Sequences mostly have 100 to 10,000 tokens. One a thread: with two, a sequence's sums don't all fit the registers.
-    ("policy_terms", 4): Launch(512, 512),
-    # One program adds up what each sequence left: as wide as there are registers for a dozen of sums in float64.
+    # Sequences mostly have 100 to 10,000 tokens. One a thread: with two, or with 512 threads, a dozen sums and what the
+    # sequence shares don't always fit the registers.
+    ("policy_terms", 4): Launch(256, 256),
+    # One program for each sum adds up what the sequences left, mostly less than a thousand.
     ("policy_sums", 4): Launch(1024, 256),
 }
 

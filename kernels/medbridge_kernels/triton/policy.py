@@ -1,8 +1,11 @@
-"""The policy terms in Triton: everything of the loss that has the size of its tokens, from log-probabilities and entropies.
+"""The policy terms in Triton: what of the loss has the size of its tokens, from log-probabilities and entropies.
 
-One program per sequence, then one per metric to join what they left. The helpers stand in the order of `reference`, whose
-maths they are; each term's derivative stands beside it.
+One program per sequence, then one per metric to join what they left. The helpers stand in the order of `reference`,
+whose maths they are; each term's derivative stands beside it.
 """
+
+# Triton's kernels carry no types but tl.constexpr.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ class Limits(NamedTuple):
 class Tokens(NamedTuple):
     """Where the inputs of size [tokens] lie."""
 
-    logprobs: Tensor
+    logprobs: Tensor | None
     entropy: Tensor | None
     keep: Tensor | None
     old: Tensor | None
@@ -277,7 +280,12 @@ def policy_terms_kernel(
         ratio_max = tl.exp(max_or_nan(log_ratio_max))
     rollout_log_sum = tl.sum(rollout_sum, axis=0)
     rollout_ratio_max = tl.exp(tl.max(rollout_max, axis=0))
-    near = tl.sum(drift_sum, axis=0) / divisor <= limits.off_policy_threshold
+    near = tl.where(tl.sum(drift_sum, axis=0) / divisor <= limits.off_policy_threshold, 1.0, 0.0)
+
+    sums_ptr += sequence
+    tl.store(sums_ptr + TOKENS * n_sequences, n_kept)
+    tl.store(sums_ptr + RATIO_MAX * n_sequences, ratio_max)
+    tl.store(sums_ptr + ROLLOUT_RATIO_MAX * n_sequences, rollout_ratio_max)
 
     if normalizer_ptr is not None:
         normalizer = tl.load(normalizer_ptr).to(tl.float32)
@@ -288,7 +296,9 @@ def policy_terms_kernel(
     if not CHOICES.per_token:
         sequence_advantage = tl.load(advantages_ptr + sequence).to(tl.float32)
 
-    loss = zero
+    # A token of no sequence has no advantage: better no loss at all than one without it.
+    stray = ((sequence == 0) & (start > 0)) | ((sequence == n_sequences - 1) & (end < n_tokens))
+    loss = zero + tl.where(stray, float("nan"), 0.0)
     by_log_ratio_sum = zero
     clip_low = zero
     clip_high = zero
@@ -324,17 +334,14 @@ def policy_terms_kernel(
             rollout_squares += relative * relative
             rollout_kl += tl.where(kept, exponential_remainder(log_q), 0.0)
         if CHOICES.correction != "none":
-            if CHOICES.correction_level == "sequence":
-                q = tl.exp(zero + rollout_log_sum)
-            else:
-                q = rollout_ratio
+            q = tl.exp(zero + rollout_log_sum) if CHOICES.correction_level == "sequence" else rollout_ratio
             factor, outside = corrected_weight(q, limits, CHOICES.correction)
             term *= factor
             by_log_ratio *= factor
             by_logprob *= factor
             corrected += (kept & outside).to(tl.float32)
         if CHOICES.off_policy:
-            on_policy = ((advantage >= 0.0) | near).to(tl.float32)
+            on_policy = tl.where(advantage >= 0.0, 1.0, near)
             term *= on_policy
             by_log_ratio *= on_policy
             by_logprob *= on_policy
@@ -373,19 +380,13 @@ def policy_terms_kernel(
             by_logprob = tl.load(grad_logprobs_ptr + index, mask=kept, other=0.0)
             tl.store(grad_logprobs_ptr + index, by_logprob + share, mask=kept)
 
-    # A token of no sequence has no advantage: better no loss at all than one without it.
-    stray = ((sequence == 0) & (start > 0)) | ((sequence == n_sequences - 1) & (end < n_tokens))
-    sums_ptr += sequence
-    tl.store(sums_ptr + LOSS * n_sequences, tl.where(stray, float("nan"), tl.sum(loss, axis=0)))
-    tl.store(sums_ptr + TOKENS * n_sequences, n_kept)
+    tl.store(sums_ptr + LOSS * n_sequences, tl.sum(loss, axis=0))
     tl.store(sums_ptr + CLIP_LOW * n_sequences, tl.sum(clip_low, axis=0))
     tl.store(sums_ptr + CLIP_HIGH * n_sequences, tl.sum(clip_high, axis=0))
-    tl.store(sums_ptr + RATIO_MAX * n_sequences, ratio_max)
     tl.store(sums_ptr + RATIO_SUM * n_sequences, tl.sum(ratio_sum, axis=0))
     tl.store(sums_ptr + RATIO_SQUARES * n_sequences, tl.sum(ratio_squares, axis=0))
     tl.store(sums_ptr + KL * n_sequences, tl.sum(kl_sum, axis=0))
     tl.store(sums_ptr + ROLLOUT_RATIO_MEAN * n_sequences, tl.sum(rollout_ratio_sum, axis=0))
-    tl.store(sums_ptr + ROLLOUT_RATIO_MAX * n_sequences, rollout_ratio_max)
     tl.store(sums_ptr + ROLLOUT_RATIO_SUM * n_sequences, tl.sum(rollout_relative_sum, axis=0))
     tl.store(sums_ptr + ROLLOUT_RATIO_SQUARES * n_sequences, tl.sum(rollout_squares, axis=0))
     tl.store(sums_ptr + ROLLOUT_KL * n_sequences, tl.sum(rollout_kl, axis=0))
@@ -470,8 +471,8 @@ def policy_terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and metrics from log-probabilities and entropies, as `reference.policy_terms`, and the loss's derivatives.
 
-    Sequence ids that don't rise from 0 to `n_sequences` - 1, which can't be checked on a GPU without waiting for it, make
-    the loss or derivatives NaN.
+    Sequence ids that don't rise from 0 to `n_sequences` - 1, which can't be checked on a GPU without waiting for it,
+    make the loss or derivatives NaN.
 
     Args:
         logprobs, entropy: float32 [tokens].

@@ -1,8 +1,11 @@
-"""The vocabulary sweep in Triton: one program per row of logits, one read of it forward, one read and one write backward.
+"""The vocabulary sweep in Triton: one program per row of logits, one read of it forward, a read and a write backward.
 
-The maths is that of `reference.logprobs_and_entropy` and of its gradient, with a running maximum. Lengths are no arguments
-of the kernels, so no number of tokens compiles them anew.
+The maths is that of `reference.logprobs_and_entropy` and of its gradient, with a running maximum. Lengths are no
+arguments of the kernels, so no number of tokens compiles them anew.
 """
+
+# Triton's kernels carry no types but tl.constexpr.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ ALIGNMENT = tl.constexpr(16)
 
 @triton.jit
 def align_up(offset):
-    """The next multiple of the alignment. The compiler sees that it is one, which is what makes wide loads of narrow."""
+    """The next multiple of the alignment. The compiler sees that it is one, and so makes wide loads of narrow ones."""
     return (offset + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
