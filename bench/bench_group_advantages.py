@@ -35,8 +35,9 @@ def ragged() -> tuple[Tensor, Tensor]:
     return torch.rand(REWARDS, generator=generator), offsets
 
 
-def number_loop(prompts: list[int], rewards: list[float]) -> list[float]:
+def number_loop(prompts: list[int], tensor: Tensor) -> Tensor:
     """By prompt, in Python's numbers."""
+    rewards = tensor.tolist()
     groups = defaultdict(list)
     for prompt, reward in zip(prompts, rewards, strict=True):
         groups[prompt].append(reward)
@@ -45,9 +46,8 @@ def number_loop(prompts: list[int], rewards: list[float]) -> list[float]:
         mean[prompt] = sum(group) / len(group)
         squares = sum((reward - mean[prompt]) ** 2 for reward in group)
         deviation[prompt] = math.sqrt(squares / max(1, len(group) - 1))
-    return [
-        (reward - mean[prompt]) / (deviation[prompt] + EPS) for prompt, reward in zip(prompts, rewards, strict=True)
-    ]
+    pairs = zip(prompts, rewards, strict=True)
+    return torch.tensor([(reward - mean[prompt]) / (deviation[prompt] + EPS) for prompt, reward in pairs])
 
 
 def tensor_loop(prompts: list[int], rewards: Tensor) -> Tensor:
@@ -70,10 +70,9 @@ def tensor_loop(prompts: list[int], rewards: Tensor) -> Tensor:
 def test_side_by_side(save: Callable[[str, str, dict[str, Any]], Path], capsys: pytest.CaptureFixture[str]) -> None:
     rewards, offsets = ragged()
     prompts = torch.repeat_interleave(offsets.diff()).tolist()
-    numbers = rewards.tolist()
     calls: dict[str, Callable[[], Tensor]] = {
         "medbridge": lambda: group_advantages(rewards, offsets, eps=EPS),
-        "dictionary loop": lambda: torch.tensor(number_loop(prompts, numbers)),
+        "dictionary loop": lambda: number_loop(prompts, rewards),
         "dictionary of tensors": lambda: tensor_loop(prompts, rewards),
         "definition": lambda: group_advantages(rewards, offsets, eps=EPS, impl="reference"),
     }

@@ -1,7 +1,7 @@
 """Tests every Triton kernel on the GPU at hand, then times them beside their peers; under 8 minutes, no test framework.
 
     python bench/gpu_kernels.py [--quick] [--out FILE]
-    python bench/gpu_kernels.py --interpret     the tests alone, tiny, on CPU tensors in Triton's interpreter
+    python bench/gpu_kernels.py --interpret [--quick]     the tests alone, tiny, on CPU tensors in Triton's interpreter
 
 Needs torch, triton and the package (installed, or PYTHONPATH=kernels); liger-kernel as a peer where it is there. Prints
 as it goes, and writes everything as JSON. Times are medians of CUDA events with a cold L2 cache. Exit code: 0, 1 where
@@ -45,11 +45,12 @@ def first_line(error: BaseException) -> str:
 # --- the tests ---
 
 
-def run_checks(on_gpu: bool, started: float) -> dict[str, Any]:
+def run_checks(on_gpu: bool, quick: bool, started: float) -> dict[str, Any]:
     """Runs all, printing a line each; what each found."""
     import gpu_checks
 
-    scale = gpu_checks.GPU if on_gpu else gpu_checks.INTERPRETER
+    interpreter = gpu_checks.QUICK_INTERPRETER if quick else gpu_checks.INTERPRETER
+    scale = gpu_checks.GPU if on_gpu else interpreter
     results = {}
     for check in gpu_checks.EVERYWHERE + (gpu_checks.ON_GPU if on_gpu else ()):
         began = time.monotonic()
@@ -349,7 +350,11 @@ def machine() -> dict[str, Any]:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2,048 tokens, fewer repeats, nothing by torch.compile")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="2,048 tokens, fewer repeats, nothing by torch.compile; with --interpret fewer tests",
+    )
     parser.add_argument("--interpret", action="store_true", help="the tests alone, on the CPU")
     parser.add_argument(
         "--out", type=Path, help="where the JSON goes; default: bench/results/gpu_kernels.json, none with --interpret"
@@ -365,7 +370,7 @@ def main() -> int:
         return 2
     started = time.monotonic()
     record: dict[str, Any] = {"machine": machine(), "command": " ".join(["python", *sys.argv]), "targets": TARGETS}
-    record["tests"] = run_checks(not options.interpret, started)
+    record["tests"] = run_checks(not options.interpret, options.quick, started)
     failed = [name for name, found in record["tests"].items() if found["failures"]]
     if failed:
         print(f"\nfailed: {', '.join(failed)}; nothing is timed")

@@ -40,11 +40,12 @@ constexpr Float16 negative_infinity(Float16) { return {0xfc00}; }
 
 // --- How exact an exponential is ---
 
-// Factors of (2^r - 1) / r on [-1/2, 1/2] from the highest power down: those with which 2^r has the smallest largest relative
-// error, which is 3e-6, 9e-8 (with the rounding 1.3 units in the last place) and 2e-9 (0.7 units).
+// Factors of (2^r - 1) / r on [-1/2, 1/2] from the highest power down: those with which 2^r has the smallest largest
+// relative error, which is 3e-6, 9e-8 (with the rounding 1.3 units in the last place) and 2e-9 (0.7 units).
 constexpr float kDegree4[] = {0x1.3a022ap-7F, 0x1.c9fdecp-5F, 0x1.ec0380p-3F, 0x1.62e12ap-1F};
 constexpr float kDegree5[] = {0x1.5bb92ap-10F, 0x1.3ceb6cp-7F, 0x1.c6b75ap-5F, 0x1.ebf9bap-3F, 0x1.62e42ap-1F};
-constexpr float kDegree6[] = {0x1.41fb2ep-13F, 0x1.5f3f30p-10F, 0x1.3b2d50p-7F, 0x1.c6aee6p-5F, 0x1.ebfbdcp-3F, 0x1.62e430p-1F};
+constexpr float kDegree6[] = {0x1.41fb2ep-13F, 0x1.5f3f30p-10F, 0x1.3b2d50p-7F,
+                              0x1.c6aee6p-5F,  0x1.ebfbdcp-3F,  0x1.62e430p-1F};
 
 // kWithLow: without the low part of the scale, the relative error grows by 6e-8 of the exponent.
 struct ForSums {  // over the vocabulary, which even the errors out

@@ -186,9 +186,9 @@ MEDBRIDGE_KERNEL Scale scale_of(double temperature) {
   return {splat(high), splat(static_cast<float>(c - high)), splat(static_cast<float>(-127.0 / c))};
 }
 
-// exp(d / temperature) = (1 + rest) power for d from scale.least up: `power` is a power of two or 0, `rest` between -0.3 and
-// 0.42. For d = 0 they are exactly 1 and 0; NaN stays NaN. Vectors side by side keep the machine busy while each waits for its
-// own last product.
+// exp(d / temperature) = (1 + rest) power for d from scale.least up: `power` is a power of two or 0, `rest` between -0.3
+// and 0.42. For d = 0 they are exactly 1 and 0; NaN stays NaN. Vectors side by side keep the machine busy while each waits
+// for its own last product.
 template <class Accuracy, int kCount>
 MEDBRIDGE_KERNEL void split_exponential(const Floats (&d)[kCount], const Scale& scale, Floats (&rest)[kCount],
                                         Floats (&power)[kCount]) {

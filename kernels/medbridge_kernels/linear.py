@@ -86,7 +86,7 @@ class OutputLayer:
     def pull_back(self, gradient: Tensor) -> Tensor:
         """From the gradient of the last chunk's logits to that of ``hidden weight^T + bias``, in place."""
         if self._tanh is not None:  # d softcap tanh(z / softcap) / dz = 1 - tanh^2
-            gradient.sub_(gradient * self._tanh[: len(gradient)].square_())
+            gradient.addcmul_(gradient, self._tanh[: len(gradient)].square_(), value=-1)
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
 
 

@@ -45,8 +45,9 @@ def linear_grpo_loss(
     The gradients of hidden states, weight and bias are made chunk by chunk in the forward pass, right after a chunk's
     logits: three matrix products in all, as many as plain autograd takes. Where the gradient of a token depends on
     tokens of other chunks (``ratio_level="sequence"``, an off-policy threshold, a correction at the sequence level
-    without `old_logprobs`), and under torch.compile, the logits are made again in the backward pass: four. A weight,
-    bias or hidden state that needs no gradient costs none. The weight's gradient is summed over chunks in float32.
+    without `old_logprobs`), for products in float16, and under torch.compile, the logits are made again in the backward
+    pass: four. A weight, bias or hidden state that needs no gradient costs none. The weight's gradient is summed over
+    chunks in float32.
 
     Args:
         hidden: floating point [tokens, width]: the states that predict `token_ids`.
@@ -83,7 +84,9 @@ def linear_grpo_loss(
         )
         return loss, LossOutputs(logprobs, entropy, metrics)
     token_ids, keep = token_ids.contiguous(), inputs.keep if masked else None
-    if linear.is_coupled(inputs, config) or torch.compiler.is_compiling():
+    # float16 gradients are too small without the scale of the loss, which is known in the backward pass only.
+    late = linear.is_coupled(inputs, config) or layer[-1] == torch.float16
+    if late or torch.compiler.is_compiling():
         logprobs, entropy, _ = linear.linear_sweep(
             hidden, weight, bias, token_ids, keep, *ops.split_temperature(temperature), True,
             config.entropy_coef != 0, *layer, chosen,

@@ -182,20 +182,24 @@ def test_any_chunks(config: LossConfig) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [FULL, COUPLED])
 def test_weight_gradient_is_summed_in_float32(config: LossConfig, dtype: torch.dtype) -> None:
-    """A hundred chunks, each of whose additions would round a half-precision sum."""
-    data = with_layer(batch(0, [10] * 20, VOCAB, dtype), {"rows": 2, "bias": True}, 0, dtype)
-    data = brought_near(data | {"mask": None}, config)
-    errors = Errors()
-    exact = run(in_float64(data), config, impl="reference")
-    ours, theirs = (run(data, config, impl=impl) for impl in ("native", "reference"))
-    for name in LEAVES:
-        errors.add(name, ours[1][name], theirs[1][name], exact[1][name])
-    errors.check()
+    """Thousands of equal chunks, of which a half-precision sum would stop growing."""
+    tokens = 3000
+    data = with_layer(batch(0, (1,), VOCAB, dtype), {"rows": 1, "bias": True}, 0, dtype)
+    data = brought_near(data, config)
+    alone = run(data | {"normalizer": 1.0}, config, impl="native")
+    for name in ("hidden", "token_ids", "old_logprobs", "ref_logprobs", "rollout_logprobs", "mask"):
+        data[name] = data[name].expand(tokens, *data[name].shape[1:])
+    data |= {"sequence_ids": torch.arange(tokens), "advantages": data["advantages"].expand(tokens)}
+    found = run(data | {"normalizer": 1.0}, config, impl="native")
+    for name in ("weight", "bias"):
+        one, all_of_them = alone[1][name].float(), found[1][name].float() / tokens
+        assert float((all_of_them - one).norm()) <= 2 * torch.finfo(dtype).eps * float(one.norm())
 
 
 def test_coupled_losses_are_known() -> None:
     """Each of them would be wrong if its gradient were made from a chunk alone."""
-    data = with_layer(batch(3, (5, 7), VOCAB, torch.float32), {"rows": 2}, 0, torch.float32)
+    data = with_layer(batch(3, (5, 7, 3, 6), VOCAB, torch.float32), {"rows": 2}, 0, torch.float32)
+    data = brought_near(data, FULL) | {"advantages": torch.tensor([-1.0, -0.5, 0.7, -0.2])}
     base = {"kl_coef": 0.1}
     for config, change in (
         (LossConfig(ratio_level="sequence", **base), {}),
@@ -271,6 +275,20 @@ def test_scaled_and_added_losses(config: LossConfig) -> None:
     (losses[0] + 2 * losses[1] + losses[0]).backward()  # one of them twice
     for name in LEAVES:
         torch.testing.assert_close(leaves[name].grad, 4 * once[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FAST_DTYPES)
+@pytest.mark.parametrize("config", [FULL, COUPLED])
+def test_a_scaled_loss_keeps_small_gradients(config: LossConfig, dtype: torch.dtype) -> None:
+    """The scale of a loss (GradScaler) is there so that float16 gradients don't vanish."""
+    data = with_layer(batch(0, [4] * 6, VOCAB, dtype), {"bias": True}, 0, dtype) | {"normalizer": 1e8}
+    data = brought_near(data, config)
+    exact = run(in_float64(data), config, times=2.0**20, impl="reference")
+    ours, theirs = (run(data, config, times=2.0**20, impl=impl) for impl in ("native", "reference"))
+    errors = Errors()
+    for name in LEAVES:
+        errors.add(name, ours[1][name], theirs[1][name], exact[1][name])
+    errors.check()
 
 
 def test_a_second_backward_pass_is_right_or_refused() -> None:

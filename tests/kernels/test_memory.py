@@ -46,7 +46,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("config", [LossConfig(entropy_coef=0.1), LossConfig.preset("cispo"), *COUPLED])
-@pytest.mark.parametrize("rows", [1, 11])
+@pytest.mark.parametrize("rows", [1, 21])
 def test_no_more_logits_at_a_time_than_the_budget(
     rows: int, config: LossConfig, softcap: float | None, dtype: torch.dtype
 ) -> None:
@@ -60,8 +60,8 @@ def test_no_more_logits_at_a_time_than_the_budget(
             *leaves, **given, config=config, softcap=softcap, memory_budget=budget, impl="native"
         )
         loss.backward()
-    # beside the logits: the gradient of the weight in float32, and vectors in float64
-    assert allocations.largest <= max(budget, VOCAB * WIDTH * 4, TOKENS * WIDTH * 4)
+    # With a soft cap the half of it is for the tanh. Beside the logits: the gradient of the weight in float32.
+    assert allocations.largest <= max(budget // (2 if softcap else 1), VOCAB * WIDTH * 4)
     assert allocations.largest < TOKENS * VOCAB * dtype.itemsize / 4
 
 
@@ -150,7 +150,7 @@ print(json.dumps({name: grown(make(json.loads(sys.argv[1]))) for name, make in c
 
 
 def test_peak_memory() -> None:
-    tokens, vocab, budget = 1024, 16_000, 8 * MIB
+    tokens, vocab, budget = 1024, 10_000, 4 * MIB
     logits, weight = tokens * vocab * 4, vocab * 32 * 4
     child = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps([tokens, vocab, budget])], capture_output=True, text=True, check=False

@@ -7,7 +7,9 @@ this one can't is refused by name.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MethodType, SimpleNamespace
@@ -21,6 +23,9 @@ from medbridge_kernels.adapters.padded import clipped, padded_grpo_loss, padded_
 from medbridge_kernels.config import LossConfig
 from medbridge_kernels.grpo import LossOutputs
 from medbridge_kernels.impl import Impl
+
+_FOLLOWS = "1.16."
+"""Release of TRL whose options are all known here: a later one may have some that change the loss."""
 
 _CORRECTIONS: dict[str, dict[str, Any]] = {
     "token_truncate": {"correction": "truncate", "correction_level": "token"},
@@ -234,6 +239,13 @@ class MedbridgeLossMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        release = importlib.metadata.version("trl")
+        if not release.startswith(_FOLLOWS):
+            warnings.warn(
+                f"this loss follows TRL {_FOLLOWS}x, and {release} is installed: an option that is new in it may be "
+                "read by TRL's loss alone",
+                stacklevel=2,
+            )
         loss_config(trainer.args)
         if trainer.aux_loss_enabled:
             raise ValueError("the model's auxiliary router loss isn't made here: set router_aux_loss_coef = 0.0")

@@ -31,7 +31,7 @@ def why_missing() -> str | None:
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which takes CPU tensors: TRITON_INTERPRET=1. impl.py asks."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def __getattr__(name: str) -> Any:

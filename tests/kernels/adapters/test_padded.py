@@ -187,6 +187,21 @@ def test_rewards() -> None:
     )
 
 
+def test_compiles_to_one_graph() -> None:
+    data = batch(7, per_token=True)
+    columns = {name: value.float() if value.is_floating_point() else value for name, value in data.items()}
+    hidden, weight = columns.pop("hidden").requires_grad_(), weight_of(7).float()
+    options: dict[str, Any] = {"config": CONFIGS["sequences"], "surrogate_weights": torch.rand(3, 5)}
+
+    def loss(hidden: Tensor, columns: dict[str, Tensor]) -> Tensor:
+        return padded_linear_grpo_loss(hidden, weight, gather=False, **columns, **options)[0]
+
+    plain = loss(hidden, columns)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, columns)
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(value, hidden) for value in (compiled, plain)))
+
+
 @pytest.mark.parametrize(("sequences", "length"), [(0, 3), (3, 0), (1, 1)])
 def test_nothing_and_next_to_nothing(sequences: int, length: int) -> None:
     data = batch(4, sequences, length)

@@ -7,6 +7,7 @@ samples, so its part of a batch is made here by TRL's formulas, and `use_vllm` s
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import itertools
 import math
 from collections.abc import Callable
@@ -350,6 +351,13 @@ def test_refuses_what_it_cannot_honour(message: str, options: dict[str, Any]) ->
 def test_the_trainer_refuses_when_it_is_made(make: Make) -> None:
     with pytest.raises(ValueError, match="top_entropy_quantile"):
         make(top_entropy_quantile=0.5)
+
+
+def test_another_release_of_trl_warns(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.17.0" if name == "trl" else found(name))
+    with pytest.warns(UserWarning, match=r"follows TRL 1\.16\.x, and 1\.17\.0 is installed"):
+        make(loss_type="grpo")
 
 
 def test_fields_that_are_not_there_are_not_in_use() -> None:
