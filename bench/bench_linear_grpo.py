@@ -204,13 +204,13 @@ def measured(size: Size) -> dict[str, Any]:
 @pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
 def test_side_by_side(save: Callable[[str, str, dict[str, Any]], Path], capsys: pytest.CaptureFixture[str]) -> None:
     peers.prepare_imports()
-    with capsys.disabled():
-        figures = {str(size): measured(size) for size in SIZES}
-    save(
-        "linear_grpo",
-        "pytest bench/bench_linear_grpo.py -s",
-        {"tokens": TOKENS, "rounds": ROUNDS, "peers": peers.versions(), **figures},
-    )
+    figures: dict[str, Any] = {"tokens": TOKENS, "rounds": ROUNDS, "peers": peers.versions()}
+    for size in SIZES:
+        with capsys.disabled():
+            figures[str(size)] = measured(size)
+        save(
+            "linear_grpo", "pytest bench/bench_linear_grpo.py -s", figures
+        )  # each: a whole run takes a quarter of an hour
     for size in SIZES:
         found = figures[str(size)]
         for column in ("loss_error", "hidden_error", "weight_error"):

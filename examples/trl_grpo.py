@@ -45,10 +45,8 @@ def compare(trainer: Trainer) -> tuple[float, float]:
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    with torch.no_grad():  # off the policy by half a nat a token, so that there is something to clip
-        batch["old_per_token_logps"] = batch["old_per_token_logps"] + 0.5 * torch.randn_like(
-            batch["old_per_token_logps"]
-        )
+    old = batch["old_per_token_logps"]
+    batch["old_per_token_logps"] = old + 0.5 * torch.randn_like(old)  # off the policy, so that something is clipped
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     found = []
     for kind in (GRPOTrainer, Trainer):

@@ -49,8 +49,9 @@ class LossConfig:
         correction_level: q per "token", or per "sequence": the product over the sequence's tokens.
         correction_cap, correction_floor: see above; ``0 <= correction_floor < correction_cap``.
         off_policy_threshold: leaves out the surrogate of sequences with a negative advantage whose mean of
-            (rollout logprob - logprob) over the tokens is above this (old instead of rollout where there is
-            none): their samples come from too different a policy to learn from. None: keeps all.
+            (rollout logprob - logprob) over the tokens is above this (old logprobs where no rollout logprobs are given;
+            a NaN among them counts as no difference): they come from too different a policy to learn from. None: keeps
+            all.
         normalize: "tokens" (sum over tokens / number of tokens), "sequences" (mean over the tokens of each
             sequence, summed / number of sequences) or "constant" (sum over tokens / a constant that the
             caller gives).

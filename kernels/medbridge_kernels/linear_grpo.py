@@ -194,7 +194,7 @@ def _layer(
     banned_ids: Tensor | None,
     memory_budget: int | None,
 ) -> tuple[float, float, Tensor | None, int, torch.dtype]:
-    """Scale, soft cap (0: none), banned tokens, budget and type of the products, checked, as the operators take them."""
+    """Scale, soft cap (0: none), banned tokens, budget and type of the products, checked, as operators take them."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")

@@ -176,8 +176,8 @@ class _Rows:
         _check(name, values, self.token_ids)
         if self.chosen is not None:
             return values[self.chosen]
-        if self.extra:  # what stands there isn't read, but divided by if it is a temperature
-            values = torch.nn.functional.pad(values, (0, self.extra), value=int(name == "temperature"))
+        if self.extra:
+            values = torch.nn.functional.pad(values, (0, self.extra))
         return values.reshape(-1)
 
     def inputs(

@@ -118,12 +118,24 @@ def test_hidden_states_equal_to_packed_rows(name: str, per_token: bool, gather: 
                 hidden, weight, **without_hidden(data), config=config, gather=gather, **normalizer
             )
             assert outputs.logprobs.shape == data["mask"].shape
+            assert not outputs.logprobs[~data["mask"]].any() and not outputs.entropy[~data["mask"]].any()
         else:
             rows = packed(data) | {"config": config} | normalizer
             loss, _ = linear_grpo_loss(hidden[data["mask"]], weight, **rows)
         loss.backward()
         pair.append((loss.detach(), hidden.grad, weight.grad))
     torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_a_sequence_without_tokens_counts_in_the_mean(per_token: bool) -> None:
+    data, weight = batch(8, per_token=per_token), weight_of(8)
+    data["mask"][1] = False
+    columns = without_hidden(data) | {"config": CONFIGS["sequences"]}
+    losses = [padded_linear_grpo_loss(data["hidden"], weight, **columns, **more)[0]
+              for more in ({}, {"gather": False}, {"normalizer": 3.0})]  # fmt: skip
+    torch.testing.assert_close(losses[1:], losses[:1] * 2)
+    torch.testing.assert_close(padded_grpo_loss(data["hidden"] @ weight.T, **columns)[0], losses[0])
 
 
 @pytest.mark.skipif(native.why_missing() is not None, reason="native back end not built")

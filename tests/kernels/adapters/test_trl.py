@@ -222,9 +222,13 @@ def test_batches_of_one_and_of_nothing(make: Make, kind: str) -> None:
     assert run(theirs, inputs)[0] == 0
 
 
+@pytest.mark.parametrize(("high", "low"), [(3.0, None), (1.2, 0.8), (None, 0.9)])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_correction_made_here_is_the_one_trl_makes(make: Make, mode: str) -> None:
-    theirs, ours = make(True, loss_type="grpo", vllm_importance_sampling_mode=mode)
+def test_the_correction_made_here_is_the_one_trl_makes(
+    make: Make, mode: str, high: float | None, low: float | None
+) -> None:
+    limits = {"vllm_importance_sampling_clip_max": high, "vllm_importance_sampling_clip_min": low}
+    theirs, ours = make(True, loss_type="grpo", vllm_importance_sampling_mode=mode, **limits)
     inputs = batch_for(theirs)
     loss, gradient, _ = run(theirs, inputs)
     del inputs["importance_sampling_ratio"]
