@@ -21,8 +21,9 @@ help:
 $(VENV)/base:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medbridge needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	# This very torch first: an open range would pull the newest build with several GB of CUDA packages.
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	# This very torch first, and the torchvision that goes with it: an open range would pull the newest build with several
+	# GB of CUDA packages.
+	$(BIN)/python -m pip install --quiet torch==2.13.0 torchvision==0.28.0
 	$(BIN)/python -m pip install --quiet scikit-build-core pybind11 cmake ninja
 	touch $@
 

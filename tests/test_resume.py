@@ -64,7 +64,9 @@ def state(folder: Path) -> dict[str, Any]:
             for name, values in ledger.metrics(stage.stage_id).items()
             if name != "tokens_per_second" and not name.startswith("seconds_")
         }
-        found[f"{key} summary"] = {k: v for k, v in stage.summary.items() if k != "seconds"}
+        found[f"{key} summary"] = {
+            k: v for k, v in stage.summary.items() if k != "seconds" and not k.startswith("loss_share")
+        }
         found[f"{key} rollouts"] = [
             (
                 entry.rollout.item_id, entry.rollout.sample, entry.rollout.permutation, entry.rollout.text,

@@ -222,7 +222,9 @@ def surrogate(ratio: Tensor, logprobs: Tensor, advantage: Tensor, config: LossCo
         tau = torch.where(advantage > 0, positive, negative).to(ratio.dtype)
         return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
     free = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    return -torch.minimum(free * advantage, clipped * advantage)
+    free, clipped = free * advantage, clipped * advantage
+    # Not torch.minimum, which shares a tie's gradient between both: on policy, where they tie, it is the free term's.
+    return -torch.where(free <= clipped, free, clipped)
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:

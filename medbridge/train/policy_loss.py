@@ -29,16 +29,20 @@ _COMPARED_BYTES = 64 << 20
 
 
 class PolicyLoss:
-    """Loss and gradient of the completion tokens of one micro-batch after the other; keeps time."""
+    """Loss and gradient of the completion tokens of one micro-batch after the other; keeps time.
+
+    Attributes:
+        comparing: whether the next micro-batch is also timed with plain torch. Only that one is.
+    """
 
     def __init__(self, policy: Policy, config: LossConfig, impl: Impl, temperature: float) -> None:
         self.policy = policy
         self.config = config
         self.impl = impl
         self.temperature = temperature
+        self.comparing = False
         self._clock = _Clock(policy.device)
         self._tokens = 0
-        self._compared = False
         self._comparison = {"seconds_loss_plain": 0.0, "seconds_comparing": 0.0}
 
     def backward(self, hidden: Tensor, labels: Tensor, **inputs: Any) -> tuple[Tensor, LossOutputs]:
@@ -50,9 +54,9 @@ class PolicyLoss:
             inputs: what else `linear_grpo_loss` takes of these tokens.
         """
         layer = self.policy.output_layer()
-        if not self._compared and layer is not None:
+        if self.comparing and layer is not None:
             self._compare(hidden.detach(), layer, labels, inputs)
-        self._compared = True
+        self.comparing = False
         self._tokens += len(labels)
         states = hidden.detach().requires_grad_()
         with self._clock.running():
@@ -75,7 +79,7 @@ class PolicyLoss:
     def take_seconds(self) -> dict[str, float]:
         """What was spent on the loss since the last call, in seconds.
 
-        "seconds_loss" in loss and output layer, forward and backward. The first time also "seconds_loss_plain", what
+        "seconds_loss" in loss and output layer, forward and backward. After a comparison also "seconds_loss_plain", what
         it would have been with plain torch, and "seconds_comparing", what finding that out took.
         """
         seconds = {"seconds_loss": self._clock.take()}

@@ -104,6 +104,7 @@ def train_rl(
         graded = list(sample(step, requests, sampling))
         sampled = time.perf_counter()
         trainable.begin(step)
+        learner.loss.comparing = step == 1  # not again in a run that resumes
         metrics = learner.update(step, requests, graded, trainable)
         metrics["seconds_sampling"] = sampled - began
         metrics["seconds_training"] = time.perf_counter() - sampled - metrics.pop("seconds_comparing", 0.0)

@@ -104,6 +104,7 @@ def test_an_output_layer_that_is_not_linear_makes_its_own_logits(
     expected = gradients(policy)
     assert any(name.endswith("more") for name in expected)
     by_hidden = PolicyLoss(policy, config, "auto", 1.0)
+    by_hidden.comparing = True
     by_hidden.backward(policy.completion_hidden(batch), batch.labels, **inputs)
     assert_equal(gradients(policy), expected)
     assert by_hidden.take_seconds().keys() == {"seconds_loss"}
@@ -120,6 +121,7 @@ def test_it_tells_what_plain_torch_would_cost_once_and_trains_nothing_by_it(
     policy = load_policy(trainable=True)
     batch, inputs = micro_batch(policy, train_items, images)
     loss = PolicyLoss(policy, LossConfig(), "auto", 1.0)
+    loss.comparing = True
     loss.backward(policy.completion_hidden(batch), batch.labels, **inputs)
     first, first_gradient = loss.take_seconds(), gradients(policy)
     loss.backward(policy.completion_hidden(batch), batch.labels, **inputs)
