@@ -79,8 +79,8 @@ class PolicyLoss:
     def take_seconds(self) -> dict[str, float]:
         """What was spent on the loss since the last call, in seconds.
 
-        "seconds_loss" in loss and output layer, forward and backward. After a comparison also "seconds_loss_plain", what
-        it would have been with plain torch, and "seconds_comparing", what finding that out took.
+        "seconds_loss" in loss and output layer, forward and backward. After a comparison also "seconds_loss_plain",
+        what it would have been with plain torch, and "seconds_comparing", what finding that out took.
         """
         seconds = {"seconds_loss": self._clock.take()}
         if self._comparison["seconds_comparing"]:
