@@ -176,9 +176,7 @@ def linear_sweep(
     """What `vocabulary_sweep` gives, of projected hidden states."""
     tokens = len(token_ids)
     taus = ops.each(temperature, temperatures)
-    logprobs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-    lse = torch.empty(tokens, dtype=ops.lse_dtype(impl), device=hidden.device)
-    entropies = torch.empty(tokens if entropy else 0, dtype=torch.float32, device=hidden.device)
+    logprobs, entropies, lse = ops.empty_rows(token_ids, entropy, impl)
     with torch.autocast(hidden.device.type, enabled=False):
         layer = OutputLayer.of(weight, bias, scale, softcap, banned_ids, budget, computed_in)
         for part in layer.chunks(tokens):
@@ -204,10 +202,7 @@ def _(
     entropy: bool,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row = hidden.new_empty(token_ids.shape, dtype=torch.float32)
-    *_, impl = rest
-    lse = row.new_empty(token_ids.shape, dtype=ops.lse_dtype(impl))
-    return row, row.new_empty(token_ids.shape if entropy else (0,)), lse
+    return ops.empty_rows(token_ids, entropy, rest[-1])
 
 
 @torch.library.custom_op("medbridge_kernels::linear_sweep_backward", mutates_args=())
@@ -292,15 +287,10 @@ def _sweep_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _sweep_gradient(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> Any:
     hidden, weight, bias, token_ids, keep, temperatures, lse, entropy, banned_ids = ctx.saved_tensors
-    if entropy is None:
-        grad_entropy = None
-    if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(lse, dtype=torch.float32)
     needs = ctx.needs_input_grad[:3]
     gradients = linear_sweep_backward(
-        hidden, weight, bias, token_ids, keep, ctx.temperature, temperatures, lse,
-        None if grad_entropy is None else entropy, grad_logprobs.contiguous(),
-        None if grad_entropy is None else grad_entropy.contiguous(), *needs, ctx.scale, ctx.softcap, banned_ids,
+        hidden, weight, bias, token_ids, keep, ctx.temperature, temperatures,
+        *ops.gradient_rows(lse, entropy, grad_logprobs, grad_entropy), *needs, ctx.scale, ctx.softcap, banned_ids,
         ctx.budget, ctx.computed_in, ctx.impl,
     )  # fmt: skip
     return *(grad if need else None for grad, need in zip(gradients, needs, strict=True)), *[None] * 12

@@ -84,13 +84,16 @@ def _(
     temperature: float,
     temperatures: Tensor | None,
     entropy: bool,
-    entropy_grad: bool,
-    inplace: bool,
-    impl: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_rows(token_ids, entropy, rest[-1])
+
+
+def empty_rows(token_ids: Tensor, entropy: bool, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what a sweep gives: log-probabilities, entropies (empty unless asked for) and log-sum-exps."""
     tokens = token_ids.shape
-    row = logits.new_empty(tokens, dtype=torch.float32)
-    return row, row.new_empty(tokens if entropy else (0,)), row.new_empty(tokens, dtype=lse_dtype(impl))
+    logprobs = token_ids.new_empty(tokens, dtype=torch.float32)
+    return logprobs, logprobs.new_empty(tokens if entropy else (0,)), logprobs.new_empty(tokens, dtype=lse_dtype(impl))
 
 
 @torch.library.custom_op("medbridge_kernels::vocabulary_sweep_backward", mutates_args=())
@@ -147,17 +150,20 @@ def _sweep_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _sweep_gradient(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> Any:
     logits, token_ids, keep, temperatures, lse, entropy = ctx.saved_tensors
-    if entropy is None:
-        grad_entropy = None
-    if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(lse, dtype=torch.float32)
     run = vocabulary_sweep_backward_ if ctx.inplace else vocabulary_sweep_backward
-    grad = run(
-        logits, token_ids, keep, ctx.temperature, temperatures, lse,
-        None if grad_entropy is None else entropy, grad_logprobs.contiguous(),
-        None if grad_entropy is None else grad_entropy.contiguous(), ctx.impl,
-    )  # fmt: skip
+    rows = gradient_rows(lse, entropy, grad_logprobs, grad_entropy)
+    grad = run(logits, token_ids, keep, ctx.temperature, temperatures, *rows, ctx.impl)
     return logits.detach() if ctx.inplace else grad, *[None] * 8
+
+
+def gradient_rows(
+    lse: Tensor, entropy: Tensor | None, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """What a sweep's backward takes of each row, from what autograd has; `entropy` None: it isn't in the graph."""
+    by_logprob = torch.zeros_like(lse, dtype=torch.float32) if grad_logprobs is None else grad_logprobs.contiguous()
+    if entropy is None or grad_entropy is None:
+        return lse, None, by_logprob, None
+    return lse, entropy, by_logprob, grad_entropy.contiguous()
 
 
 vocabulary_sweep.register_autograd(_sweep_gradient, setup_context=_sweep_context)

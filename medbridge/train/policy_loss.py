@@ -72,9 +72,8 @@ class PolicyLoss:
             if layer is None:
                 return token_logprobs(self.policy.head(hidden), labels, self.temperature, impl=self.impl)
             return linear_token_logprobs(
-                hidden, layer.weight, labels, self.temperature, bias=layer.bias, softcap=layer.softcap,
-                banned_ids=layer.banned_ids, impl=self.impl,
-            )  # fmt: skip
+                hidden, token_ids=labels, temperature=self.temperature, impl=self.impl, **layer._asdict()
+            )
 
     def take_seconds(self) -> dict[str, float]:
         """What was spent on the loss since the last call, in seconds.
@@ -124,10 +123,7 @@ class PolicyLoss:
         with self.policy.autocast():
             if layer is None:  # adapters on the output layer, say: only the model knows how to make its logits
                 return grpo_loss(self.policy.head(states), labels, **options)
-            return linear_grpo_loss(
-                states, layer.weight, labels, bias=layer.bias, softcap=layer.softcap, banned_ids=layer.banned_ids,
-                **options,
-            )  # fmt: skip
+            return linear_grpo_loss(states, token_ids=labels, **layer._asdict(), **options)
 
 
 class _Clock:
