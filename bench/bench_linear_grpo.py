@@ -208,11 +208,12 @@ def test_side_by_side(save: Callable[[str, str, dict[str, Any]], Path], capsys: 
     for size in SIZES:
         with capsys.disabled():
             figures[str(size)] = measured(size)
-        save(
-            "linear_grpo", "pytest bench/bench_linear_grpo.py -s", figures
-        )  # each: a whole run takes a quarter of an hour
+        # each, since a whole run takes a quarter of an hour
+        save("linear_grpo", "pytest bench/bench_linear_grpo.py -s", figures)
     for size in SIZES:
         found = figures[str(size)]
         for column in ("loss_error", "hidden_error", "weight_error"):
-            assert found["medbridge"][column] <= 2 * max(found["TRL, whole logits"][column], 1e-7), (str(size), column)
+            # chunked or not: a loss near 0 is a sum that cancels, and which way its rounding falls is chance
+            theirs = max(found[name][column] for name in ("TRL", "TRL, whole logits"))
+            assert found["medbridge"][column] <= 2 * max(theirs, 1e-7), (str(size), column)
         assert found["medbridge"]["MiB_beyond"] <= MEMORY_LIMIT, str(size)

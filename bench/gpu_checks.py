@@ -174,6 +174,7 @@ def configurations() -> dict[str, LossConfig]:
     names = ("grpo", "bnpo", "dapo", "cispo", "gspo", "sapo")
     found = {name: preset(name) for name in names}
     found |= {f"KL {k}": preset("grpo", kl_coef=0.05, kl_estimator=k) for k in ("k1", "k2", "k3")}
+    found["KL corrected"] = preset("grpo", kl_coef=0.05, kl_bias_correction=True)
     found |= {
         f"{correction} {level}": preset(
             "dapo", correction=correction, correction_level=level, correction_cap=1.3, correction_floor=0.5

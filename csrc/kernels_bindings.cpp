@@ -202,10 +202,6 @@ void group_advantages_arrays(const py::array& rewards, const py::array& offsets,
   }
 }
 
-std::int64_t check_offsets_array(const py::array& offsets, std::int64_t count) {
-  return first_bad_offset(offset_values(offsets), offsets.shape(0), count);
-}
-
 }  // namespace
 }  // namespace medbridge
 
@@ -220,7 +216,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("group_advantages", &medbridge::group_advantages_arrays, py::arg("rewards"), py::arg("group_offsets"),
         py::arg("baseline"), py::arg("scale"), py::arg("unbiased"), py::arg("eps"), py::arg("out"),
         "See medbridge_kernels.native.group_advantages.");
-  m.def("check_offsets", &medbridge::check_offsets_array, py::arg("group_offsets"), py::arg("count"),
-        "See medbridge_kernels.native.check_offsets.");
   m.def("instruction_set", &medbridge::instruction_set, "The instructions in use: avx512, avx2 or portable.");
 }

@@ -6,7 +6,7 @@ In a trainer of your own it takes two lines:
         pass
 
 and then `Trainer(...)` where you had `GRPOTrainer(...)`, with the same arguments. Options that the loss can't honour
-raise when the trainer is made; with a KL term (beta > 0) TRL's default use_bias_correction_kl=True is one of them.
+raise when the trainer is made.
 
 Here it first compares the two losses and their gradients on one batch, and then trains:
 
@@ -99,7 +99,6 @@ def main() -> None:
             loss_type=options.loss_type,
             epsilon_high=5.0 if options.loss_type == "cispo" else 0.28,
             beta=options.beta,
-            use_bias_correction_kl=False,
             use_cpu=not torch.cuda.is_available(),
             bf16=torch.cuda.is_available(),
             report_to="none",

@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from medbridge_kernels import ops, reference
+from medbridge_kernels import native, ops, reference
 from medbridge_kernels.config import Baseline, Scale
 from medbridge_kernels.impl import Impl, choose
 
@@ -62,7 +62,14 @@ def group_advantages(
     for name, value, choices in (("baseline", baseline, Baseline), ("scale", scale, Scale)):
         if value not in get_args(choices):
             raise ValueError(f"{name} = {value!r}, must be one of {', '.join(get_args(choices))}")
-    if group_offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if chosen == "native" and not compiling:  # past the operator's overhead, and it checks the offsets itself
+        try:
+            return native.group_advantages(rewards, group_offsets, baseline, scale, unbiased, eps)
+        except ValueError:
+            _check_offsets(group_offsets, rewards.numel())  # says more
+            raise
+    if group_offsets.device.type == "cpu" and not compiling:
         _check_offsets(group_offsets, rewards.numel())
     if chosen == "reference":
         return reference.group_advantages(rewards, group_offsets, baseline, scale, unbiased, eps)

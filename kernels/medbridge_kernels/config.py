@@ -41,6 +41,8 @@ class LossConfig:
         kl_estimator: with d = logprob - reference logprob: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
             k1's gradient has mean 0 on samples of the policy itself: it estimates the KL, but doesn't hold
             the policy back.
+        kl_bias_correction: multiply the KL term by r, with r's gradient: the tokens are samples of the old policy,
+            and the estimators are unbiased on samples of the present one (arXiv 2512.02556, equation 7).
         entropy_coef: weight of the entropy, which is subtracted from the loss.
         correction: what is done about samples of an engine whose probabilities differ from the trainer's. With
             q = exp(old logprob - rollout logprob) the surrogate is multiplied by clip(q, correction_floor,
@@ -71,6 +73,7 @@ class LossConfig:
     sapo_temperature_negative: float = 1.05
     kl_coef: float = 0.0
     kl_estimator: KLEstimator = "k3"
+    kl_bias_correction: bool = False
     entropy_coef: float = 0.0
     correction: Correction = "none"
     correction_level: Level = "token"
@@ -124,6 +127,8 @@ class LossConfig:
         if self.correction == "none":
             reason = "correction = 'none'"
             unread += [("correction_level", reason), ("correction_cap", reason), ("correction_floor", reason)]
+        if self.kl_coef == 0:
+            unread += [("kl_bias_correction", "kl_coef = 0")]
         defaults = {f.name: f.default for f in fields(self)}
         for name, reason in unread:
             if getattr(self, name) != defaults[name]:

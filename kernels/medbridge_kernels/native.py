@@ -109,11 +109,6 @@ def group_advantages(
     return advantages.to(rewards.dtype)
 
 
-def check_offsets(group_offsets: Tensor, count: int) -> int:
-    """Index of the first of the offsets, int64 [groups + 1], that breaks their rise from 0 to `count`; -1: none."""
-    return _native.check_offsets(_array(group_offsets.contiguous()), count)
-
-
 def _name(logits: Tensor) -> str:
     return str(logits.dtype).removeprefix("torch.")
 

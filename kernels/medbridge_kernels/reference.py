@@ -237,6 +237,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
     return torch.expm1(-d) + d
 
 
+def kl_term(ratio: Tensor, logprobs: Tensor, inputs: PolicyInputs, config: LossConfig) -> Tensor:
+    """The KL estimate of each token as the loss has it, [tokens]."""
+    assert inputs.ref_logprobs is not None
+    ref = inputs.ref_logprobs.to(logprobs.dtype).where(inputs.keep, 0.0)
+    estimate = kl_estimate(logprobs, ref, config.kl_estimator)
+    return estimate * ratio if config.kl_bias_correction else estimate
+
+
 def rollout_log_ratio(logprobs: Tensor, inputs: PolicyInputs) -> Tensor:
     """old logprob - rollout logprob, [tokens]: how far the trainer's sampling policy is from the engine's."""
     assert inputs.rollout_logprobs is not None
@@ -318,9 +326,7 @@ def weighted_loss(
     if factor is not None:
         per_token = per_token * factor
     if config.kl_coef != 0:
-        assert inputs.ref_logprobs is not None
-        ref = inputs.ref_logprobs.to(logprobs.dtype).where(inputs.keep, 0.0)
-        per_token = per_token + config.kl_coef * kl_estimate(logprobs, ref, config.kl_estimator)
+        per_token = per_token + config.kl_coef * kl_term(ratio, logprobs, inputs, config)
     if config.entropy_coef != 0:
         per_token = per_token - config.entropy_coef * entropy
     return (per_token * weight).sum()
@@ -354,8 +360,7 @@ def loss_metrics(logprobs: Tensor, inputs: PolicyInputs, config: LossConfig) -> 
         "effective_sample_size": sample_size,
     }
     if inputs.ref_logprobs is not None:
-        ref = inputs.ref_logprobs.to(dtype).where(keep, 0.0)
-        metrics["kl"] = kl_estimate(logprobs, ref, config.kl_estimator).where(keep, 0.0).sum() / count
+        metrics["kl"] = kl_term(ratio, logprobs, inputs, config).where(keep, 0.0).sum() / count
     if inputs.rollout_logprobs is not None:
         log_ratio = rollout_log_ratio(logprobs, inputs)
         ratio = torch.exp(log_ratio).where(keep, 0.0)

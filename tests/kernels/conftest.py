@@ -94,7 +94,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 LEVELS = ["token", "sequence"]
 NORMALIZE = ["tokens", "sequences", "constant"]
 OPTIONS: dict[str, list[Any]] = {
-    "kl": [{}, {"kl_estimator": "k2"}] + [{"kl_coef": 0.3, "kl_estimator": k} for k in ("k1", "k2", "k3")],
+    "kl": [{}, {"kl_estimator": "k2"}]
+    + [{"kl_coef": 0.3, "kl_estimator": k} for k in ("k1", "k2", "k3")]
+    + [{"kl_coef": 0.3, "kl_bias_correction": True}],
     "entropy": [{}, {"entropy_coef": 0.1}, {"entropy_coef": -0.2}],
     "correction": [{}]
     + [

@@ -156,7 +156,7 @@ def naive(
             term *= weight_of(correction(t))
         term *= not is_off_policy(t)
         if config.kl_coef:
-            term += config.kl_coef * divergence(t)
+            term += config.kl_coef * divergence(t) * (ratio(logprobs, t) if config.kl_bias_correction else 1.0)
         term -= config.entropy_coef * entropies[t]
         total += term / (len(members[sequence[t]]) if config.normalize == "sequences" else 1)
     counts = {"tokens": max(1, len(kept)), "sequences": n_sequences, "constant": math.nan}
@@ -178,7 +178,7 @@ def naive(
         "effective_sample_size": sample_size(r),
     }
     if data["ref_logprobs"] is not None:
-        metrics["kl"] = average(divergence)
+        metrics["kl"] = average(lambda t: divergence(t) * (r(t) if config.kl_bias_correction else 1.0))
     if rollout is not None:
         metrics["rollout_ratio_mean"] = average(lambda t: math.exp(gap(t)))
         metrics["rollout_ratio_max"] = max(math.exp(gap(t)) for t in kept)
@@ -254,8 +254,6 @@ def test_gradcheck(variant: str, level: str) -> None:
 def test_within_twice_the_error_of_torch(variant: str, level: str, dtype: torch.dtype) -> None:
     errors = Errors()
     for place, (choice, normalize) in enumerate(itertools.product(CASES, NORMALIZE)):
-        if dtype != torch.float32 and place % len(NORMALIZE) != place // len(NORMALIZE) % len(NORMALIZE):
-            continue
         config = configured(choice, **VARIANTS[variant], ratio_level=level, normalize=normalize)
         data = arguments(choice, config, batch(place, (4, 1, 6, 0, 2), WIDE, dtype), place)
         exact = gradient_of(in_float64(data), config, impl="reference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -381,12 +382,29 @@ def test_infinite_rewards_spoil_their_own_group_only() -> None:
 
 @pytest.mark.parametrize(
     ("offsets", "first_bad"),
-    [([0, 5], -1), ([0, 0, 2, 2, 5], -1), ([1, 5], 0), ([-1, 5], 0), ([0, 4], 1), ([0, 3, 2, 5], 2), ([0, 9, 5], 2),
-     ([0, 2, 6], 2), ([0], 0), ([], 0), ([0, -(2**63), 5], 1)],
+    [([1, 5], 0), ([-1, 5], 0), ([0, 4], 1), ([0, 3, 2, 5], 2), ([0, 9, 5], 2), ([0, 2, 6], 2), ([0], 0), ([], None),
+     ([0, -(2**63), 5], 1)],
 )  # fmt: skip
-def test_offsets_are_checked(offsets: list[int], first_bad: int) -> None:
+def test_offsets_are_checked(offsets: list[int], first_bad: int | None) -> None:
     tensor = torch.tensor(offsets, dtype=torch.int64)
-    assert native.check_offsets(tensor, 5) == first_bad
-    if first_bad >= 0:
-        with pytest.raises(ValueError, match="group_offsets must rise from 0 to the 5 rewards"):
-            native.group_advantages(torch.ones(5), tensor, "mean", "std", True, 1e-4)
+    bad = "no offsets" if first_bad is None else rf"group_offsets\[{first_bad}\] = {offsets[first_bad]}"
+    with pytest.raises(ValueError, match=f"group_offsets must rise from 0 to the 5 rewards, got {bad}"):
+        native.group_advantages(torch.ones(5), tensor, "mean", "std", True, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_short_groups_however_far_from_zero(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.arange(0, 20).repeat(6)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    rewards = torch.rand(int(offsets[-1]), generator=generator, dtype=torch.float64)
+    group = torch.repeat_interleave(sizes)
+    step = 2.0**-20 if dtype == torch.float32 else 2.0**-44  # of equal sums, so that the rewards are exact
+    far = (rewards / step).round() * step + torch.tensor([0.0, 1.0, -1e3, 1e6])[group % 4]
+    rewards = torch.where(group % 5 == 0, rewards.round(), far).to(dtype)
+    rewards[torch.rand(len(rewards), generator=generator) < 0.1] = math.nan
+    rewards[offsets[7]] = 1e18  # one that outweighs its group
+    for baseline, scale, unbiased in product(("mean", "loo"), ("std", "batch_std", "none"), (True, False)):
+        found = native.group_advantages(rewards, offsets, baseline, scale, unbiased, 1e-4)
+        exact = reference.group_advantages(rewards.double(), offsets, baseline, scale, unbiased, 1e-4)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-9 if dtype == torch.float64 else 1e-7)

@@ -375,16 +375,6 @@ def kernels_group_advantages(draw: Draw) -> Arguments:
     }
 
 
-def offset_check(**arguments: Any) -> np.ndarray:
-    return np.array([kernels.check_offsets(**arguments)])
-
-
-@fuzzed("kernels.check_offsets", lambda a: [Array((1,), -1, length(a["group_offsets"]))], offset_check)
-def kernels_check_offsets(draw: Draw) -> Arguments:
-    count = draw.one(0, 1, 9)
-    return {"group_offsets": group_offsets(draw, count), "count": int(draw.one(count, count, 0, -1, 2**62))}
-
-
 def same_values(draw: Draw, array: np.ndarray) -> Any:
     """The array in another layout or dtype; the function must not notice."""
     padded = np.zeros(array.nbytes + 1, dtype=np.uint8)

@@ -32,7 +32,7 @@ class FusedLinearGRPOLoss(nn.Module):
         sapo_temperature_pos, sapo_temperature_neg: for "sapo".
         temperature: of the policy.
         delta: upper limit of the ratio that isn't clipped, above 1 + epsilon_high.
-        use_bias_correction_kl: not possible with a KL term.
+        use_bias_correction_kl: the KL term is multiplied by the ratio; not read without one (beta = 0), as in Liger.
         impl: back end, as in `grpo_loss`. (Liger's `compiled` has no counterpart: there is nothing to compile.)
 
     Raises:
@@ -213,11 +213,10 @@ def loss_config(
     Raises:
         ValueError: for one that this loss has no equivalent for.
     """
-    if use_bias_correction_kl and beta:
-        raise ValueError("use_bias_correction_kl isn't possible with this loss: set it to False, or beta to 0.0")
     return typed_config(
         loss_type, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta, kl_coef=beta,
-        sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
+        kl_bias_correction=use_bias_correction_kl and beta != 0, sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
         ratio_level=importance_sampling_level,
     )  # fmt: skip
 

@@ -64,6 +64,7 @@ def loss_config(args: Any) -> LossConfig:
         sapo_temperature_neg=getattr(args, "sapo_temperature_neg", 1.05),
         ratio_level=getattr(args, "importance_sampling_level", "token"),
         kl_coef=getattr(args, "beta", 0.0),
+        kl_bias_correction=getattr(args, "beta", 0.0) != 0 and getattr(args, "use_bias_correction_kl", False),
         entropy_coef=getattr(args, "entropy_coef", 0.0),
         off_policy_threshold=getattr(args, "off_policy_mask_threshold", None),
         **correction,
@@ -83,8 +84,6 @@ def _refuse(args: Any) -> None:
     mode = args.vllm_importance_sampling_mode if _corrects(args) else None
     refusals = [
         ("top_entropy_quantile", get("top_entropy_quantile", 1.0) < 1, "set it to 1.0"),
-        ("use_bias_correction_kl", get("beta", 0.0) != 0 and get("use_bias_correction_kl", False),
-         "set it to False (TRL's default is True), or beta to 0.0"),
         ("use_adaptive_entropy", get("use_adaptive_entropy", False), "set it to False"),
         # TRL takes the mean entropy over the tokens of a micro-batch: as "bnpo" weighs its tokens, and no other.
         ("entropy_coef", get("entropy_coef", 0.0) != 0 and args.loss_type != "bnpo",

@@ -134,9 +134,10 @@ def shipped(vocab: int = 151_936) -> dict[str, Callable[[], Any]]:
         full = LossConfig.preset(preset, kl_coef=0.04, entropy_coef=0.01, correction="mask", off_policy_threshold=0.1)
         calls[f"policy_terms {preset}, KL, entropy, correction, off-policy mask"] = partial(_policy, full, True, False)
     sequences = LossConfig(
-        ratio_level="sequence", kl_coef=0.04, kl_estimator="k2", correction="truncate", correction_level="sequence"
-    )
-    calls["policy_terms sequence ratio and correction, k2, advantages per token"] = partial(
+        ratio_level="sequence", kl_coef=0.04, kl_estimator="k2", kl_bias_correction=True, correction="truncate",
+        correction_level="sequence",
+    )  # fmt: skip
+    calls["policy_terms sequence ratio and correction, corrected k2, advantages per token"] = partial(
         _policy, sequences, True, True
     )
     return calls

@@ -52,6 +52,7 @@ class Choices(NamedTuple):
     ratio_level: str
     kl_estimator: str
     kl_term: bool
+    kl_bias: bool
     entropy_term: bool
     correction: str
     correction_level: str
@@ -348,6 +349,10 @@ def policy_terms_kernel(
             off_policy += tl.where(kept, 1.0 - on_policy, 0.0)
         if tokens.ref is not None:
             kl, kl_by_logprob = kl_estimate(logprob, load_kept(tokens.ref, index, kept), CHOICES.kl_estimator)
+            if CHOICES.kl_bias:
+                kl *= ratio
+                kl_by_logprob *= ratio
+                by_log_ratio += limits.kl_coef * kl
             kl_sum += tl.where(kept, kl, 0.0)
             if CHOICES.kl_term:
                 term += limits.kl_coef * kl
@@ -527,6 +532,7 @@ def choices_of(config: LossConfig, per_token: bool) -> Choices:
         ratio_level=config.ratio_level,
         kl_estimator=config.kl_estimator,
         kl_term=config.kl_coef != 0,
+        kl_bias=config.kl_bias_correction,
         entropy_term=config.entropy_coef != 0,
         correction=config.correction,
         correction_level=config.correction_level,

@@ -67,6 +67,8 @@ CASES: list[dict[str, Any]] = [
     *({"loss_type": kind, "beta": 0.0, "epsilon_low": 0.1, "epsilon_high": 0.28, "delta": 1.4}
       for kind in LOSS_TYPES[:4]),
     *({"loss_type": kind, "importance_sampling_level": "sequence"} for kind in LOSS_TYPES[:4]),
+    *({"loss_type": kind, "use_bias_correction_kl": True, "beta": 0.3} for kind in LOSS_TYPES),
+    {"loss_type": "grpo", "use_bias_correction_kl": True, "beta": 0.3, "importance_sampling_level": "sequence"},
     {"loss_type": "cispo", "epsilon_high": 5.0},
     {"loss_type": "sapo", "sapo_temperature_pos": 0.6, "sapo_temperature_neg": 2.0},
     {"loss_type": "grpo", "chunk_size": 3},
@@ -128,7 +130,6 @@ def test_frozen_weight_gets_no_gradient() -> None:
     [
         ({"loss_type": "luspo"}, "loss_type = 'luspo'"),
         ({"loss_type": "vespo"}, "loss_type = 'vespo'"),
-        ({"use_bias_correction_kl": True}, "use_bias_correction_kl"),
         ({"delta": 1.1}, "delta = 1.1"),
         ({"loss_type": "sapo", "delta": 2.0}, "delta = 2.0"),
         ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "sapo_temperature_negative"),

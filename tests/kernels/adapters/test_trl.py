@@ -69,7 +69,7 @@ def make(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
         defaults: dict[str, Any] = {
             "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "num_generations": 2,
             "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": LENGTH + 2,
-            "temperature": 0.7, "use_bias_correction_kl": False,
+            "temperature": 0.7,
         }  # fmt: skip
         trainer = cls(
             model=str(model_path) if model is None else copy.deepcopy(model), peft_config=peft_config,
@@ -164,6 +164,7 @@ def assert_same(theirs: Any, ours: Any, inputs: dict[str, Any]) -> None:
 CASES: list[dict[str, Any]] = [
     *({"loss_type": kind} for kind in LOSS_TYPES),
     *({"loss_type": kind, "beta": 0.3} for kind in LOSS_TYPES),
+    *({"loss_type": kind, "beta": 0.3, "use_bias_correction_kl": False} for kind in LOSS_TYPES),
     *({"loss_type": kind, "epsilon": 0.1, "epsilon_high": 0.28} for kind in LOSS_TYPES),
     {"loss_type": "cispo", "epsilon_high": 5.0},
     {"loss_type": "sapo", "sapo_temperature_pos": 0.7, "sapo_temperature_neg": 2.0},
@@ -330,7 +331,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("loss_type = 'luspo'", {"loss_type": "luspo"}),
     ("loss_type = 'vespo'", {"loss_type": "vespo"}),
     ("top_entropy_quantile = 0.2", {"top_entropy_quantile": 0.2}),
-    ("use_bias_correction_kl = True", {"beta": 0.1, "use_bias_correction_kl": True}),
     ("use_adaptive_entropy = True", {"use_adaptive_entropy": True}),
     ("entropy_coef = 0.1", {"loss_type": "grpo", "entropy_coef": 0.1}),
     ("delta = 1.1", {"delta": 1.1}),
@@ -346,7 +346,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("message", "options"), REFUSED, ids=[message for message, _ in REFUSED])
 def test_refuses_what_it_cannot_honour(message: str, options: dict[str, Any]) -> None:
     vllm = options.pop("vllm", False)
-    args = trl.GRPOConfig(use_cpu=True, bf16=False, report_to="none", **{"use_bias_correction_kl": False, **options})
+    args = trl.GRPOConfig(use_cpu=True, bf16=False, report_to="none", **options)
     args.use_vllm = vllm
     with pytest.raises(ValueError, match=message):
         loss_config(args)
