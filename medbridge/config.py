@@ -38,7 +38,12 @@ class DiagnosisSettings(BaseModel):
         description="true: sequential verdicts are about the items of this split and no others, so that they settle "
         "sooner, at the latest when all are measured. false: about items like these, drawn with their clusters.",
     )
-    items_per_look: int = Field(16, ge=1, description="Items sampled of a stratum between two looks (whole clusters).")
+    items_per_look: int = Field(
+        16,
+        ge=1,
+        description="Items sampled of a stratum between two looks (whole clusters); at least so many for each rollout "
+        "engine.",
+    )
     max_items_per_stratum: int | None = Field(
         200, ge=1, description="Most items measured per stratum; null uses all that the split has."
     )

@@ -24,7 +24,7 @@ from medbridge.errors import MedbridgeError
 from medbridge.rollout.engine import GREEDY, Graded, Rollout
 from medbridge.support.tallies import Tally
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -44,7 +44,8 @@ CREATE TABLE rollouts (
     rollout_id INTEGER PRIMARY KEY, stage_id INTEGER NOT NULL REFERENCES stages, step INTEGER NOT NULL,
     item_id TEXT NOT NULL, sample INTEGER NOT NULL, permutation TEXT NOT NULL, text TEXT NOT NULL,
     token_ids BLOB NOT NULL, logprobs BLOB NOT NULL, finish_reason TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL, images INTEGER, UNIQUE (stage_id, step, item_id, sample)
+    prompt_tokens INTEGER NOT NULL, images INTEGER, weights INTEGER NOT NULL,
+    UNIQUE (stage_id, step, item_id, sample)
 );
 CREATE TABLE outcomes (
     rollout_id INTEGER PRIMARY KEY REFERENCES rollouts,
@@ -120,6 +121,7 @@ class Ledger:
                 self._db.execute("PRAGMA foreign_keys = ON")
             self._check_schema(read_only)
         except sqlite3.DatabaseError as error:
+            _refuse_full_disk(path, error)
             raise MedbridgeError(
                 f"{path}: not a readable run database ({error}). Restore it from a backup, or start a new run "
                 "in another folder."
@@ -145,14 +147,23 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All of the block's writes, or none of them."""
-        self._db.execute("BEGIN IMMEDIATE")
+        """All of the block's writes, or none of them.
+
+        Raises:
+            MedbridgeError: the disk is full. What was stored before stays.
+        """
         try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk may have ended it already
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.OperationalError as error:
+            _refuse_full_disk(self.path, error)
             raise
-        self._db.execute("COMMIT")
 
     # -- run-wide facts ------------------------------------------------------------------------------------
 
@@ -161,7 +172,8 @@ class Ledger:
         return None if row is None else json.loads(row[0])
 
     def set_meta(self, key: str, value: Any) -> None:
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, to_json(value)))
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, to_json(value)))
 
     def add_items(self, items: Iterable[Item], strata: Sequence[str]) -> None:
         """Store items once, each with its stratum under the tag keys `strata`. Known ids are left as they are."""
@@ -264,7 +276,7 @@ class Ledger:
                 rollout, outcome = entry.rollout, entry.outcome
                 cursor = self._db.execute(
                     "INSERT INTO rollouts (stage_id, step, item_id, sample, permutation, text, token_ids, logprobs,"
-                    " finish_reason, prompt_tokens, images) VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+                    " finish_reason, prompt_tokens, images, weights) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                     (
                         stage_id,
                         step,
@@ -278,6 +290,7 @@ class Ledger:
                         rollout.finish_reason,
                         rollout.prompt_tokens,
                         rollout.images,
+                        rollout.weights,
                     ),
                 )
                 span = outcome.span or (None, None)
@@ -301,7 +314,7 @@ class Ledger:
         """Stored rollouts of a stage, in the order in which they were stored."""
         query = (
             "SELECT item_id, sample, permutation, text, token_ids, logprobs, finish_reason, prompt_tokens, images,"
-            " status, option, answer, span_start, span_end, well_formed, reward"
+            " weights, status, option, answer, span_start, span_end, well_formed, reward"
             " FROM rollouts JOIN outcomes USING (rollout_id) WHERE stage_id = ?"
         )
         arguments: list[Any] = [stage_id]
@@ -323,10 +336,11 @@ class Ledger:
                 finish_reason=row[6],
                 prompt_tokens=row[7],
                 images=row[8],
+                weights=row[9],
             )
-            span = None if row[12] is None else (row[12], row[13])
-            outcome = Outcome(status=row[9], option=row[10], answer=row[11], span=span, well_formed=bool(row[14]))
-            found.append(Graded(rollout, outcome, row[15]))
+            span = None if row[13] is None else (row[13], row[14])
+            outcome = Outcome(status=row[10], option=row[11], answer=row[12], span=span, well_formed=bool(row[15]))
+            found.append(Graded(rollout, outcome, row[16]))
         return found
 
     def outcomes(self, stage_id: int, item_ids: Sequence[str] | None = None) -> list[tuple[str, int, Outcome]]:
@@ -451,6 +465,17 @@ class Ledger:
         """Item ids of each optimizer step of a stage, in order."""
         rows = self._db.execute("SELECT item_ids FROM batches WHERE stage_id = ? ORDER BY step", (stage_id,))
         return [json.loads(row[0]) for row in rows]
+
+
+def _refuse_full_disk(path: Path, error: sqlite3.DatabaseError) -> None:
+    """Say what a disk that is full or fails means for the run; any other error is left to the caller."""
+    code = getattr(error, "sqlite_errorcode", 0)  # the module's own errors have none
+    if code & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        why = "the disk is full" if code == sqlite3.SQLITE_FULL else f"the disk can't be written to ({error})"
+        raise MedbridgeError(
+            f"{path}: {why}. All that was stored before is kept, and nothing is stored by halves. Make room and run "
+            "the same command again: it goes on from there."
+        ) from error
 
 
 def _among(item_ids: Sequence[str] | None) -> tuple[str, list[str]]:

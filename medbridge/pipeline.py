@@ -11,12 +11,14 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from medbridge.config import RunSettings
 from medbridge.data import Item, grade, permutation
+from medbridge.engines import Engines
 from medbridge.errors import MedbridgeError
 from medbridge.ledger import Stage, VerdictRow
 from medbridge.measurement import (
@@ -34,8 +36,10 @@ from medbridge.measurement import (
     tally_items,
 )
 from medbridge.model import Policy, init_model
-from medbridge.rollout import Engine, Graded, Request, SamplingSettings, TransformersEngine
+from medbridge.progress import Reporter
+from medbridge.rollout import Engine, Graded, Request
 from medbridge.run_folder import RunFolder
+from medbridge.stage_rollouts import StageRollouts
 from medbridge.support.routing import hashed_fraction, route
 from medbridge.train import Example, train_rl, train_sft
 from medbridge.train.examples import Accepted, Answers, RandomAnswers
@@ -54,6 +58,20 @@ class Plan:
 
 class Run(RunFolder):
     """The loop and its stages, on one run folder."""
+
+    def __init__(self, folder: Path, settings: RunSettings, *, base_dir: Path, reporter: Reporter) -> None:
+        """As `RunFolder`."""
+        super().__init__(folder, settings, base_dir=base_dir, reporter=reporter)
+        self.engines = Engines(settings, self.images, folder / "logs", reporter.say)
+        try:
+            self.engines.choice()  # what isn't installed is said now, and not after hours of training
+        except MedbridgeError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.engines.release()
+        super().close()
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -326,6 +344,7 @@ class Run(RunFolder):
     def _train_supervised(
         self, stage: Stage, examples: Examples, replay: Examples | None, settings: Any, summary: dict[str, Any]
     ) -> Stage:
+        self.engines.release()
         policy = Policy.load(str(self._path(stage.model)), self.settings.model, trainable=True)
         with self._recording(stage, "SFT", settings.steps, "loss") as (on_start, on_step):
             train_sft(
@@ -377,25 +396,23 @@ class Run(RunFolder):
         stage = stage or self._begin(round, "sharpen", model, strata)
         by_id = {item.id: item for item in items}
         settings = self.settings.rl
+        self.engines.release()
         policy = Policy.load(str(self._path(stage.model)), self.settings.model, trainable=True)
-        engine = self._engine_for(policy)
         seed = self._seed(stage)
-
-        def sample(step: int, requests: Sequence[Request], sampling: SamplingSettings) -> list[Graded]:
-            stored = self.ledger.rollouts(stage.stage_id, step=step)
-            have = {(entry.rollout.item_id, entry.rollout.sample) for entry in stored}
-            missing = [r for r in requests if (r.item.id, r.samples[0]) not in have]
-            for batch in engine.generate(missing, sampling, seed=seed + step):
-                graded = [self._grade(rollout, by_id, settings.format_weight) for rollout in batch]
-                self.ledger.save_rollouts(stage.stage_id, step, graded)
-            # read back, so that a resumed step trains on the very bytes that this one does
-            return self.ledger.rollouts(stage.stage_id, step=step)
-
-        with self._recording(stage, "GRPO", settings.steps, "reward") as (on_start, on_step):
+        rollouts = StageRollouts(
+            self.ledger.path, stage, self.engines.of_policy(policy), policy, self.settings,
+            grade=lambda rollout: self._grade(rollout, by_id, settings.format_weight), probes=items,
+            images=self.images, scratch=self.folder / "weights", seed=seed,
+        )  # fmt: skip
+        with (
+            closing(rollouts),
+            self._recording(stage, "GRPO", settings.steps, "reward") as (on_start, on_step),
+        ):
             train_rl(
-                policy, items, settings, sample, model=self.settings.model, prompts=self.settings.data.prompt,
-                images=self.images, max_new_tokens=self.settings.rollout.max_new_tokens, seed=seed,
-                checkpoints=self._checkpoints(stage), on_start=on_start, on_step=on_step,
+                policy, items, settings, rollouts, model=self.settings.model, prompts=self.settings.data.prompt,
+                images=self.images, rollout=self.settings.rollout, seed=seed, checkpoints=self._checkpoints(stage),
+                on_start=on_start,
+                on_step=lambda step, metrics, ids: on_step(step, metrics | rollouts.take_metrics(), ids),
             )  # fmt: skip
         shares = self._loss_shares(stage)
         if shares:
@@ -470,7 +487,12 @@ class Run(RunFolder):
         stage = begun[0] if begun else self._begin(round, "route", model, wanted_for)
         if stage.status == "running":
             sampler = Sampler(
-                self.ledger, stage, self._engine(stage.model), self.settings, samples=settings.samples, greedy=False
+                self.ledger,
+                stage,
+                self._engine(stage.model),
+                self.settings,
+                samples=settings.samples,
+                greedy=False,
             )
             with self.reporter.task(f"route: sampling for {kind}", len(items), "items") as meter:
                 sampler.complete(items, meter)
@@ -519,12 +541,7 @@ class Run(RunFolder):
         return Graded(rollout, outcome, None if format_weight is None else reward(outcome, format_weight))
 
     def _engine(self, model: str) -> Engine:
-        return self._engine_for(Policy.load(str(self._path(model)), self.settings.model))
-
-    def _engine_for(self, policy: Policy) -> Engine:
-        return TransformersEngine(
-            policy, self.settings.data.prompt, self.images, batch_size=self.settings.rollout.batch_size
-        )
+        return self.engines.of(str(self._path(model)))
 
     def _begin(self, round: int, kind: str, model: str, strata: Sequence[str]) -> Stage:
         own = {"format": ["sft"], "bridge": ["sft"], "sharpen": ["rl"], "route": ["routing"]}

@@ -24,6 +24,9 @@ from medbridge.errors import MedbridgeError
 from medbridge.ledger import Ledger, to_json
 from medbridge.progress import Reporter
 
+_FREE = ("name", "budget", "tensorboard", "rollout.vllm.", "rollout.server.", "rollout.failure.")
+"""Settings that a resumed run may change: they decide how far and where it goes, not what it finds."""
+
 
 class RunFolder:
     """One run folder with its settings, items and ledger. Only one process may hold it."""
@@ -80,8 +83,7 @@ class RunFolder:
         new = json.loads(to_json(self.settings.model_dump(mode="json")))  # as stored: an infinity reads as null
         old = self.ledger.meta("config")
         if old is not None:
-            free = {"name", "budget", "tensorboard"}  # may change: they decide how far a run goes, not what it finds
-            changed = [key for key in _differences(old, new) if key.split(".")[0] not in free]
+            changed = [key for key in _differences(old, new) if not key.startswith(_FREE)]
             if changed and self.ledger.stages():
                 raise MedbridgeError(
                     f"{self.folder}: this run was begun with other settings ({', '.join(changed[:8])}). Its results "

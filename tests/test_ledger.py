@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ def rollout(item_id: str, sample: int, tokens: int = 3) -> Rollout:
         item_id=item_id, sample=sample, permutation=(1, 0), text="<answer>über\x00 'x'</answer>",
         token_ids=generator.integers(0, 2**31 - 1, tokens).astype(np.int32),
         logprobs=-generator.random(tokens).astype(np.float32), finish_reason="stop", prompt_tokens=17,
+        images=len(item_id), weights=sample + 2,
     )  # fmt: skip
 
 
@@ -68,7 +71,7 @@ def test_rollouts_come_back_byte_for_byte_and_in_order(ledger: Ledger) -> None:
     for before, after in zip([*stored, empty], found, strict=True):
         assert after.outcome == before.outcome
         assert after.reward == before.reward
-        for name in ("item_id", "sample", "permutation", "text", "finish_reason", "prompt_tokens"):
+        for name in ("item_id", "sample", "permutation", "text", "finish_reason", "prompt_tokens", "images", "weights"):
             assert getattr(after.rollout, name) == getattr(before.rollout, name)
         for name, dtype in (("token_ids", np.int32), ("logprobs", np.float32)):
             old, new = getattr(before.rollout, name), getattr(after.rollout, name)
@@ -186,6 +189,88 @@ def test_rows_of_no_stage_are_refused(ledger: Ledger) -> None:
         ledger.save_rollouts(99, 0, [graded("a", 0)])
     with pytest.raises(sqlite3.IntegrityError):
         begin(ledger, "dream")
+
+
+# -- a full disk ---------------------------------------------------------------------------------------------------
+
+
+class SmallDisk:
+    """A file system of so many bytes; where none may be mounted, a limit on the size of the database."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.size = folder, size
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        self.mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+
+    def open(self) -> Ledger:
+        opened = Ledger(self.folder / "run.sqlite")
+        if not self.mounted:
+            opened._db.execute(f"PRAGMA max_page_count = {self.size // 4096}")
+        return opened
+
+    def make_room(self) -> None:
+        self.size *= 10
+        if self.mounted:
+            subprocess.run(["mount", "-o", f"remount,size={self.size}", str(self.folder)], check=True)
+
+    def close(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+
+
+@pytest.fixture(params=[300_000, 6_000_000])  # full while the log grows for the first time, and after many checkpoints
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path / "disk", request.param)
+    yield disk
+    disk.close()
+
+
+def long_graded(item_id: str, sample: int) -> Graded:
+    return replace(graded(item_id, sample), rollout=rollout(item_id, sample, tokens=400))
+
+
+def fill(ledger: Ledger, stage: Stage) -> int:
+    """Store batches of two rollouts until the disk is full; how many were stored."""
+    for batch in range(100_000):
+        try:
+            ledger.save_rollouts(stage.stage_id, 0, [long_graded(f"i{batch}", sample) for sample in range(2)])
+        except MedbridgeError as error:
+            assert str(ledger.path) in str(error) and "the disk is full" in str(error)
+            assert "is kept" in str(error) and "same command again" in str(error)
+            return batch
+    raise AssertionError("the disk never filled up")
+
+
+def test_a_full_disk_keeps_whole_batches_and_the_run_goes_on_once_there_is_room(small_disk: SmallDisk) -> None:
+    opened = small_disk.open()
+    stage = begin(opened)
+    stored = fill(opened, stage)
+    assert stored > 5
+    for _ in range(2):
+        with pytest.raises(MedbridgeError, match="the disk is full"):
+            opened.set_meta("large", "x" * 10_000_000)
+        assert opened.sampled(stage.stage_id) == {f"i{n}": 2 for n in range(stored)}
+        opened.close()  # as by the process that ends with the error
+        opened = small_disk.open()
+    assert opened._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    small_disk.make_room()
+    opened.close()
+    opened = small_disk.open()
+    opened.save_rollouts(stage.stage_id, 0, [graded(f"i{stored}", sample) for sample in range(2)])
+    assert opened.sampled(stage.stage_id) == {f"i{n}": 2 for n in range(stored + 1)}
+    assert opened.meta("large") is None
+    opened.close()
+
+
+def test_a_disk_that_is_full_from_the_start_is_a_clear_error(tmp_path: Path) -> None:
+    disk = SmallDisk(tmp_path / "disk", 8192)
+    try:
+        if disk.mounted:
+            with pytest.raises(MedbridgeError, match=r"the disk (is full|can't be written to)"):
+                disk.open()
+    finally:
+        disk.close()
 
 
 # -- files that can't be used --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from medbridge.config import RunSettings
 from medbridge.data import ImageCache, Item, Outcome, permutation
+from medbridge.errors import MedbridgeError
 from medbridge.ledger import Ledger, Stage
 from medbridge.measurement import (
     by_stratum,
@@ -26,7 +28,17 @@ from medbridge.measurement import (
 from medbridge.measurement.validity import gather, invalid_strata
 from medbridge.model import Policy
 from medbridge.progress import Reporter
-from medbridge.rollout import GREEDY, Graded, Rollout, TransformersEngine
+from medbridge.rollout import (
+    GREEDY,
+    EngineFailure,
+    FailureSettings,
+    Graded,
+    Pool,
+    Request,
+    Rollout,
+    SamplingSettings,
+    TransformersEngine,
+)
 
 
 @pytest.fixture
@@ -346,6 +358,143 @@ def test_sampling_goes_on_where_it_was_cut_off(
 
 def test_no_rollouts_have_a_summary_too(ledger: Ledger) -> None:
     assert summarise_sampling(ledger, begin(ledger))["truncated_rate"] == 0.0
+
+
+# -- several engines -----------------------------------------------------------------------------------------------
+
+
+class Unsteady:
+    """A transformers engine that yields item by item, in a scrambled order, and may die at its k-th item."""
+
+    name = "unsteady"
+
+    def __init__(self, engine: TransformersEngine, dies_at: int | None = None, seed: int = 0) -> None:
+        self.engine, self.dies_at = engine, dies_at
+        self.order = np.random.default_rng(seed)
+        self.asked: list[str] = []
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingSettings, *, seed: int
+    ) -> Iterator[list[Rollout]]:
+        for number in self.order.permutation(len(requests)):
+            if self.dies_at is not None and len(self.asked) >= self.dies_at:
+                self.dies_at = None
+                raise EngineFailure("sampling", "died", "signal 9")
+            self.asked.append(requests[number].item.id)
+            yield from self.engine.generate([requests[number]], sampling, seed=seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+def results(rows: dict[str, Any]) -> dict[str, Any]:
+    return {name: (row.kind, row.reason, row.verdict, row.support) for name, row in rows.items()}
+
+
+@pytest.fixture
+def validation(tiny_items: list[Item]) -> dict[str, list[Item]]:
+    return by_stratum([item for item in tiny_items if item.split == "validation"], ["task"], seed=0)
+
+
+@pytest.fixture
+def another(
+    load_policy: Callable[..., Policy], images: ImageCache, tiny_settings: Callable[..., RunSettings]
+) -> Callable[..., Unsteady]:
+    def make(dies_at: int | None = None, seed: int = 0) -> Unsteady:
+        engine = TransformersEngine(load_policy(), tiny_settings().data.prompt, images, batch_size=64)
+        return Unsteady(engine, dies_at, seed)
+
+    return make
+
+
+def test_engines_that_die_change_neither_verdicts_nor_counts(
+    case: Case, validation: dict[str, list[Item]], another: Callable[..., Unsteady], tmp_path: Path
+) -> None:
+    alone = results(case.measure(validation))
+    said: list[str] = []
+    members = [another(dies_at, seed) for seed, dies_at in enumerate((1, 2))]
+    pool = Pool(members, FailureSettings(restarts=2), said.append, batch=64)  # type: ignore[list-item]
+    other = Case(Ledger(tmp_path / "other.sqlite"), pool, case.reporter, case.settings)  # type: ignore[arg-type]
+    assert results(other.measure(validation)) == alone
+    samples = case.settings().diagnosis.samples
+    stored = [(row.rollout.item_id, row.rollout.sample) for row in other.ledger.rollouts(other.stage.stage_id)]
+    assert len(stored) == len(set(stored)) == 12 * (samples + 1)
+    assert len(said) == sum(member.dies_at is None for member in members) >= 1
+    summary = summarise_sampling(other.ledger, other.stage)
+    assert summary["restarts"] == len(said)
+    assert (summary["items"], summary["rollouts"]) == (12, len(stored))
+    other.ledger.close()
+
+
+def test_after_a_failure_only_what_is_missing_is_asked_again(
+    case: Case, validation: dict[str, list[Item]], another: Callable[..., Unsteady], tmp_path: Path
+) -> None:
+    alone = results(case.measure(validation))
+    other = Case(Ledger(tmp_path / "other.sqlite"), case.engine, case.reporter, case.settings)
+    weak = another(dies_at=5)
+    other.engine = Pool([weak], FailureSettings(restarts=0), pytest.fail)  # type: ignore
+    with pytest.raises(MedbridgeError, match="no rollout engine is left"):
+        other.measure(validation)
+    kept = other.ledger.asked(other.stage.stage_id)
+    assert kept == set(weak.asked) and len(kept) == 5
+    first = summarise_sampling(other.ledger, other.stage)
+    fresh = another(seed=7)
+    other.engine = Pool([fresh], FailureSettings(restarts=0), pytest.fail)  # type: ignore
+    assert results(other.measure(validation)) == alone
+    assert len(fresh.asked) == 7 and not kept & set(fresh.asked)
+    summary = summarise_sampling(other.ledger, other.stage)
+    assert 0 < first["sampling_seconds"] < summary["sampling_seconds"]
+    tokens = summary["tokens_per_second"] * summary["sampling_seconds"]  # of both processes
+    assert tokens == pytest.approx(summary["tokens"]) and tokens > first["tokens"] > 0
+    assert summary["items_per_second"] * summary["sampling_seconds"] == pytest.approx(12)
+    other.ledger.close()
+
+
+def test_a_full_disk_stops_the_sampling_and_nothing_is_lost_or_doubled(
+    case: Case, validation: dict[str, list[Item]], another: Callable[..., Unsteady]
+) -> None:
+    """The database may not grow: SQLite then fails as on a full disk, which `test_ledger` has a real one of."""
+    engine = another()
+    case.engine = Pool([engine], FailureSettings(), pytest.fail)  # type: ignore
+    case.ledger._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    [[pages]] = case.ledger._db.execute("PRAGMA page_count").fetchall()
+    case.ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(MedbridgeError, match="the disk is full"):
+        case.measure(validation)
+    kept = case.ledger.asked(case.stage.stage_id)
+    assert 0 < len(kept) < 12
+    asked = len(engine.asked)
+    case.ledger._db.execute("PRAGMA max_page_count = 1000000")
+    rows = case.measure(validation)
+    samples = case.settings().diagnosis.samples
+    assert case.ledger.count("rollouts") == 12 * (samples + 1)
+    assert len(engine.asked) - asked == 12 - len(kept)
+    assert set(rows) == {"shade", "side"}
+
+
+def test_a_look_gives_each_engine_something_to_do_and_is_repeated_with_fewer_engines(case: Case) -> None:
+    weak, open_ = pool("weak", 60), pool("open", 60)
+    case.store(weak, lambda i: 0)
+    case.store(open_, lambda i: 4 * (i % 2))
+    strata = {"weak": weak, "open": open_}
+    single = case.engine
+    case.engine = Pool([single] * 6, FailureSettings(), pytest.fail)  # type: ignore[assignment]
+    rows = case.measure(strata, **LOOK)
+    assert rows["weak"].support["items"] == 24  # 6 engines x 8 items over 2 strata
+    assert (rows["weak"].kind, rows["open"].kind) == ("bridge", "undecided")
+    case.engine = single
+    assert results(case.measure(strata, **LOOK)) == results(rows)
+
+
+def test_the_meter_shows_speed_and_cache_hits_and_waits_for_no_settled_stratum(case: Case, tmp_path: Path) -> None:
+    weak, others = pool("weak", 60), [dataclasses.replace(item, images=()) for item in pool("others", 12)]
+    case.store(weak, lambda i: 0)
+    case.reporter.console.width = 200
+    rows = case.measure({"weak": weak, "others": others}, **LOOK)
+    shown = (tmp_path / "log").read_text()
+    measured = sum(row.support["items"] for row in rows.values())
+    assert measured < 72
+    assert re.search(rf" {measured}/{measured} .* left 0:00:00 [\d,]+ tokens/s, prefix cache \d+%", shown), shown
 
 
 # -- the most frequent answer --------------------------------------------------------------------------------------

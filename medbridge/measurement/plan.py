@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -15,7 +16,7 @@ from medbridge.measurement.outlook import outlook
 from medbridge.measurement.sampling import Sampler
 from medbridge.measurement.validity import invalid_strata
 from medbridge.progress import Meter, Reporter
-from medbridge.rollout import Engine
+from medbridge.rollout import Engine, Pool
 from medbridge.support import StratumEvidence, gate_k, judge, measure, settle
 
 
@@ -44,7 +45,7 @@ def run_measurement(
     with reporter.task(f"{stage.kind}: sampling", sum(map(len, pools.values())), "items") as meter:
         if sequential:
             progress = {name: _Stratum(pool, settings, set(at_least)) for name, pool in pools.items()}
-            _until_settled(progress, sampler, settings, meter)
+            _until_settled(progress, sampler, settings, meter, engines=_engines(ledger, stage, engine))
             chosen = {name: stratum.taken for name, stratum in progress.items()}
             evidence = {name: stratum.tests.evidence for name, stratum in progress.items() if stratum.tests}
             gates = {name: stratum.gate for name, stratum in progress.items()}
@@ -98,21 +99,34 @@ class _Stratum:
     def exhausted(self) -> bool:
         return self._next == len(self.clusters)
 
-    def draw(self) -> list[Item]:
-        """The next clusters, enough for a look."""
+    @property
+    def left(self) -> int:
+        """Items that were not taken yet."""
+        return sum(map(len, self.clusters[self._next :]))
+
+    def draw(self, least: int) -> list[Item]:
+        """The next clusters, of `least` items or a few more."""
         drawn: list[Item] = []
-        while not self.exhausted and (len(drawn) < self.settings.diagnosis.items_per_look or self._next < self.must):
+        while not self.exhausted and (len(drawn) < least or self._next < self.must):
             drawn += self.clusters[self._next]
             self._next += 1
         self.taken += drawn
         return drawn
 
 
-def _until_settled(strata: Mapping[str, _Stratum], sampler: Sampler, settings: RunSettings, meter: Meter) -> None:
-    """Sample all open strata a look further, until each is settled or has no more items."""
+def _until_settled(
+    strata: Mapping[str, _Stratum], sampler: Sampler, settings: RunSettings, meter: Meter, *, engines: int
+) -> None:
+    """Sample all open strata a look further, until each is settled or has no more items.
+
+    A look takes `items_per_look` items of each stratum, and of all together as many for each engine: few open strata
+    would leave most engines idle. The evidence holds whenever one looks, as long as that depends on nothing that is
+    seen later; here it depends on what was open before.
+    """
     open_strata = {name for name, stratum in strata.items() if not stratum.exhausted}
     while open_strata:
-        drawn = {name: strata[name].draw() for name in sorted(open_strata)}
+        least = settings.diagnosis.items_per_look * math.ceil(engines / len(open_strata))
+        drawn = {name: strata[name].draw(least) for name in sorted(open_strata)}
         # where only Acc@1 is open, one greedy completion an item is all that helps
         enough = [name for name in drawn if (tests := strata[name].tests) is not None and not tests.needs_samples]
         greedy_only = {item.id for name in enough for item in drawn[name]}
@@ -124,3 +138,15 @@ def _until_settled(strata: Mapping[str, _Stratum], sampler: Sampler, settings: R
             )
         settled = settle(tested, settings.gate)
         open_strata = {name for name in open_strata if settled.get(name) is None and not strata[name].exhausted}
+        done = sum(len(stratum.taken) for stratum in strata.values())
+        meter.reach(done, done + sum(strata[name].left for name in open_strata))
+
+
+def _engines(ledger: Ledger, stage: Stage, engine: Engine) -> int:
+    """How many engines the looks are made for: those that the stage was begun with, so that a resumed one looks again
+    at the items that it looked at.
+    """
+    key = f"engines of stage {stage.stage_id}"
+    if ledger.meta(key) is None:
+        ledger.set_meta(key, len(engine.members) if isinstance(engine, Pool) else 1)
+    return int(ledger.meta(key))

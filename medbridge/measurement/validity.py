@@ -62,7 +62,6 @@ def gather(ledger: Ledger, stage: Stage, items: Sequence[Item], settings: RunSet
             item_repeats(
                 [entry.rollout.token_ids for entry in stored[item.id]],
                 [entry.rollout.logprobs for entry in stored[item.id]],
-                settings.rollout.top_p,
                 orders[item.id],
             )
             for item in items

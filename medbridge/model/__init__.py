@@ -10,6 +10,17 @@ from medbridge.torchvision_ops import declare
 declare()  # before transformers looks at torchvision
 
 from medbridge.model.initialise import FromNothing, init_model  # noqa: E402
-from medbridge.model.policy import EncodedPrompt, LoraSettings, ModelSettings, Policy  # noqa: E402
+from medbridge.model.policy import (  # noqa: E402
+    EncodedPrompt,
+    LoraSettings,
+    ModelSettings,
+    Policy,
+    pick_device,
+    pick_dtype,
+)
+from medbridge.model.prompter import Prompter  # noqa: E402
 
-__all__ = ["EncodedPrompt", "FromNothing", "LoraSettings", "ModelSettings", "Policy", "init_model"]
+__all__ = [
+    "EncodedPrompt", "FromNothing", "LoraSettings", "ModelSettings", "Policy", "Prompter", "init_model", "pick_device",
+    "pick_dtype",
+]  # fmt: skip

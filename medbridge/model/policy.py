@@ -1,7 +1,7 @@
 """A loaded vision-language model with what rollouts and training both need of it.
 
-Encoding of prompts (image and text once per item, option orders cheaply), positions, stop and banned tokens, and
-logits at completion tokens. It neither samples nor trains.
+Encoding of prompts (image and text once per item, option orders cheaply), positions, and logits at completion tokens.
+It neither samples nor trains. What needs no weights stands in `prompter`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from transformers.utils import logging as transformers_logging
 
 from medbridge.data.images import ImageCache
 from medbridge.data.items import Item, Permutation
-from medbridge.data.prompts import PromptSettings, build_prompt
+from medbridge.data.prompts import PromptSettings
 from medbridge.errors import MedbridgeError
 from medbridge.model.initialise import FromNothing, replace_folder
+from medbridge.model.prompter import Prompter
 
 BANNED_LOGIT = -1e9
 """Logit of a token that must not be sampled. Finite, so that p * log p stays 0 and not NaN in the entropy."""
@@ -147,8 +148,8 @@ class OutputLayer(NamedTuple):
     banned_ids: Tensor | None
 
 
-class Policy:
-    """A model, its processor, and the few things about them that the rest of medbridge asks."""
+class Policy(Prompter):
+    """A model with its processor, and the few things about them that the rest of medbridge asks."""
 
     def __init__(
         self,
@@ -161,21 +162,12 @@ class Policy:
         cache_mb: int = 512,
     ) -> None:
         """`stored_dtype` is the type of the weights on disk, in which `save` writes them; None: the compute type."""
+        super().__init__(processor, model.config, model.generation_config, path=path)
         self.model = model
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
-        self.path = path
         self.compute_dtype = compute_dtype
         self.stored_dtype = stored_dtype or compute_dtype
         self.device = next(model.parameters()).device
-        config = model.config
-        self.image_token_id = _first_set(config, "image_token_id", "image_token_index")
-        video = _first_set(config, "video_token_id", "video_token_index")
-        self.banned = [token for token in (self.image_token_id, video) if token is not None]
-        self.stop_ids = self._stop_ids()
-        text_config = config.get_text_config()
-        self.vocab_size = int(text_config.vocab_size)
-        self.context = int(getattr(text_config, "max_position_embeddings", 1 << 30))
+        text_config = model.config.get_text_config()
         self._softcap = getattr(text_config, "final_logit_softcapping", None)
         layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
         self.full_attention = layer_types == {"full_attention"}
@@ -189,7 +181,7 @@ class Policy:
     # -- loading and saving --------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str, settings: ModelSettings, *, trainable: bool = False) -> Policy:
+    def load(cls, path: str, settings: ModelSettings, *, trainable: bool = False) -> Policy:  # type: ignore[override]
         """Load any Hugging Face image-text-to-text model.
 
         Args:
@@ -201,10 +193,10 @@ class Policy:
         Raises:
             MedbridgeError: where the model or its processor cannot be loaded.
         """
-        device = torch.device(_pick_device(settings.device))
+        device = pick_device(settings.device)
         if device.type == "cpu":
             torch.set_flush_denormal(True)  # small models' gradients hold many, and a CPU adds them 100 times slower
-        compute = _pick_dtype(settings.dtype, device)
+        compute = pick_dtype(settings.dtype, device)
         held = torch.float32 if trainable and settings.lora is None else compute
         attention = _pick_attention(settings.attention, device)
         transformers_logging.disable_progress_bar()
@@ -226,10 +218,6 @@ class Policy:
                 f"{min(info['missing_keys'])!r}), which would stay random. Get the whole model, or correct its "
                 "config.json."
             )
-        if not hasattr(processor, "tokenizer"):
-            raise MedbridgeError(f"model {path!r}: its processor has no tokenizer; give a vision-language model.")
-        if processor.tokenizer.chat_template is None and getattr(processor, "chat_template", None) is None:
-            raise MedbridgeError(f"model {path!r} has no chat template; give an instruction-tuned model.")
         model.to(device)
         return cls(model, processor, path=path, compute_dtype=compute, stored_dtype=stored)
 
@@ -276,19 +264,10 @@ class Policy:
             self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes()
         return encoded
 
-    def completion_ids(self, text: str) -> list[int]:
-        """Token ids of a supervised completion, closed by the end-of-turn token."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.stop_ids[0]]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of a completion without its closing special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
     def _process(
         self, item: Item, order: Permutation, settings: PromptSettings, images: ImageCache
     ) -> tuple[str, Tensor, Tensor | None, dict[str, Tensor]]:
-        text = self._render(item, order, settings)
+        text = self.render(item, order, settings)
         pictures = [images.get(path) for path in item.images]
         try:
             encoded = self.processor(
@@ -304,14 +283,6 @@ class Policy:
         types = encoded.pop(self._type_key, None)
         vision = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
         return text, ids, None if types is None else types[0].long(), vision
-
-    def _render(self, item: Item, order: Permutation, settings: PromptSettings) -> str:
-        messages = build_prompt(item, order, settings)
-        return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _starts_with_bos(self, text: str) -> bool:
-        bos = self.tokenizer.bos_token
-        return bool(bos) and text.startswith(bos)
 
     def _tail_ids(self, text: str) -> Tensor | None:
         """Ids of what follows the last image placeholder of a rendered prompt; None where it shows no images."""
@@ -347,7 +318,7 @@ class Policy:
             text, ids, types, _ = self._process(item, order, settings, images)
             positions, next_position = self._positions(ids, types, head.vision)
             return EncodedPrompt(ids, types, positions, next_position, head.vision, text)
-        text = self._render(item, order, settings)
+        text = self.render(item, order, settings)
         tail = self._tail_ids(text)
         assert tail is not None
         steps = torch.arange(len(tail)) + head.next_position
@@ -370,21 +341,6 @@ class Policy:
             **{key: value for key, value in vision.items() if key.endswith("grid_thw")},
         )
         return positions[:, 0], int(positions.max()) + 1
-
-    def _stop_ids(self) -> list[int]:
-        """End-of-turn first, then every other token after which the model has nothing to say."""
-        ids: list[int | None] = []
-        for token in ("<|im_end|>", "<end_of_turn>", "<|eot_id|>"):
-            found = self.tokenizer.convert_tokens_to_ids(token)
-            if found is not None and found != self.tokenizer.unk_token_id:
-                ids.append(int(found))
-        generation = getattr(self.model.generation_config, "eos_token_id", None)
-        for value in (self.tokenizer.eos_token_id, generation):
-            ids.extend(value if isinstance(value, list) else [value])
-        unique = list(dict.fromkeys(int(token) for token in ids if token is not None))
-        if not unique:
-            raise MedbridgeError(f"model {self.path!r}: its tokenizer names no end-of-sequence token.")
-        return unique
 
     # -- running -------------------------------------------------------------------------------------------
 
@@ -487,23 +443,21 @@ def _declare_dtype(path: Path, dtype: str) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _first_set(config: Any, *names: str) -> int | None:
-    for name in names:
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
-    return None
+def pick_device(wanted: str) -> torch.device:
+    """The device that `ModelSettings.device` means on this machine.
 
-
-def _pick_device(wanted: str) -> str:
+    Raises:
+        MedbridgeError: cuda is asked for and there is none.
+    """
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise MedbridgeError("model.device is cuda, and torch sees no CUDA GPU. Use auto or cpu.")
-    return wanted
+    return torch.device(wanted)
 
 
-def _pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The compute type that `ModelSettings.dtype` means on a device."""
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, wanted)

@@ -1,8 +1,13 @@
-"""Drawing tokens: nucleus sampling from explicit uniforms, so that a draw repeats whatever the batch."""
+"""Drawing tokens: nucleus sampling from explicit uniforms, so that a draw repeats whatever the batch.
+
+Also where a stop text ends a completion. Nothing here runs a model.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,7 +30,8 @@ def draw(logits: Tensor, temperature: Tensor, top_p: float, uniform: Tensor) -> 
         uniform: [rows] in [0, 1).
 
     Returns:
-        token ids int64 [rows] and their log-probabilities float32 [rows] at the temperature, before the cut.
+        token ids int64 [rows] and their log-probabilities float32 [rows] in the distribution that they were drawn from:
+        at the temperature, and renormalised over the nucleus. Those at temperature 0 are uncut.
     """
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
@@ -41,4 +47,23 @@ def draw(logits: Tensor, temperature: Tensor, top_p: float, uniform: Tensor) -> 
     # the first token whose cumulative mass exceeds the target; it has mass of its own
     sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
     token = torch.where(greedy, logits.argmax(-1), sampled)
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
+    chosen = logprobs.gather(-1, token[:, None])[:, 0]
+    if top_p < 1:
+        renormalised = (chosen - cumulative[:, -1].log()).float().clamp_max(0.0)
+        chosen = torch.where(greedy, chosen, renormalised)
+    return token, chosen
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop texts; all of it where there is none."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
+def tokens_to_stop(ids: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> int | None:
+    """How many of a completion's tokens it takes until their text holds a stop text; None: it holds none."""
+
+    def said(count: int) -> bool:
+        text = decode(ids[:count])
+        return any(end in text for end in stop)
+
+    return bisect_left(range(len(ids)), True, key=said) if said(len(ids)) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,9 +19,16 @@ from transformers import DynamicCache
 
 from medbridge.data.images import ImageCache
 from medbridge.data.prompts import PromptSettings
+from medbridge.errors import MedbridgeError
 from medbridge.model.policy import EncodedPrompt, Policy, merge_vision
-from medbridge.rollout.engine import GREEDY, Request, Rollout, SamplingSettings
-from medbridge.rollout.sampling import draw, uniforms
+from medbridge.rollout.engine import GREEDY, EngineStats, Request, Rollout, SamplingSettings
+from medbridge.rollout.sampling import cut_at_stop, draw, tokens_to_stop, uniforms
+
+if TYPE_CHECKING:
+    from medbridge.rollout.weights import Weights
+
+LOOK_EVERY = 16
+"""Tokens between two looks for stop texts. What is drawn behind one is thrown away again, so this changes no result."""
 
 
 @dataclass(slots=True)
@@ -48,10 +56,40 @@ class TransformersEngine:
         self.prompts = prompts
         self.images = images
         self.batch_size = batch_size
+        self._version = 0
+        self._stats = EngineStats()
+
+    def start(self) -> None:
+        """Nothing: the policy is loaded already."""
+
+    def sleep(self) -> None:
+        """Nothing: the weights are the trainer's, who needs them."""
+
+    def close(self) -> None:
+        """Nothing: the policy belongs to the caller."""
+
+    def update_weights(self, weights: Weights) -> None:
+        """Note the version: the weights themselves are here already.
+
+        Raises:
+            MedbridgeError: they are those of another policy.
+        """
+        if weights.policy is not self.policy:
+            raise MedbridgeError(
+                f"the transformers engine samples from its own policy ({self.policy.path!r}) and can't take in the "
+                f"weights of another ({weights.policy.path!r}). Make an engine for that one."
+            )
+        self._version = weights.version
+
+    def stats(self) -> EngineStats:
+        """The caches are what the samples of an item share: its prompts' common prefix, and its images."""
+        return self._stats
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSettings, *, seed: int
     ) -> Iterator[list[Rollout]]:
+        for request in requests:
+            self._refuse_long(request)
         batch: list[Request] = []
         rows = 0
         for request in requests:
@@ -62,6 +100,18 @@ class TransformersEngine:
             rows += len(request.samples)
         if batch:
             yield self._generate(batch, sampling, seed)
+
+    def _refuse_long(self, request: Request) -> None:
+        context = self.policy.context
+        for order in dict.fromkeys(request.permutations):
+            length = self.policy.length(request.item, order, self.prompts, self.images)
+            if length >= context:
+                raise MedbridgeError(
+                    f"item {request.item.id!r}: its prompt has {length} tokens, and {self.policy.path!r} takes "
+                    f"{context} with the answer. Give smaller images, or leave the item out. Nothing was sampled yet."
+                )
+            if length < context - context // 8:  # other orders of the same options differ by a few tokens at most
+                break
 
     @torch.inference_mode()
     def _generate(self, requests: Sequence[Request], sampling: SamplingSettings, seed: int) -> list[Rollout]:
@@ -85,7 +135,10 @@ class TransformersEngine:
             units.extend([prompts] if policy.full_attention else [[prompt] for prompt in prompts])
             variant_of_row.extend(variants + orders.index(order) for order in request.permutations)
             variants += len(orders)
-        state = self._prefill(units)
+        cuts = [_common_prefix([prompt.ids for prompt in unit]) for unit in units]
+        state = self._prefill(units, cuts)
+        flat = [prompt for unit in units for prompt in unit]
+        prompt_of_row = [flat[variant] for variant in variant_of_row]
 
         samples = [(request.item.id, sample) for request in requests for sample in request.samples]
         limit = sampling.max_new_tokens
@@ -99,7 +152,8 @@ class TransformersEngine:
         rows = len(samples)
         tokens = torch.zeros(rows, limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(rows, limit, device=device)
-        lengths = torch.full((rows,), limit, device=device)
+        room = torch.tensor([min(limit, policy.context - len(prompt.ids)) for prompt in prompt_of_row], device=device)
+        lengths = room.clone()
         stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         alive = torch.arange(rows, device=device)  # samples that have not ended
         row_of = torch.tensor(variant_of_row, device=device)  # the decoded row that each of them follows
@@ -107,9 +161,12 @@ class TransformersEngine:
             token, logprob = draw(state.logits[row_of], temperature[alive], sampling.top_p, noise[alive, step])
             tokens[alive, step], logprobs[alive, step] = token, logprob
             ended = torch.isin(token, stops)
-            lengths[alive[ended]], stopped[alive[ended]] = step + 1, True
-            going = (~ended).nonzero()[:, 0]
-            if len(going) == 0 or step + 1 == limit:
+            stopped[alive[ended]] = True
+            if sampling.stop and (step + 1) % LOOK_EVERY == 0:
+                ended |= self._have_said(tokens[alive, : step + 1], sampling.stop)
+            lengths[alive[ended]] = step + 1
+            going = (~ended & (room[alive] > step + 1)).nonzero()[:, 0]
+            if len(going) == 0:
                 break
             alive = alive[going]
             # Samples that share a row and drew the same token go on sharing one.
@@ -121,28 +178,50 @@ class TransformersEngine:
 
         rollouts = []
         tokens_cpu, logprobs_cpu = tokens.cpu().numpy(), logprobs.cpu().numpy()
-        flat = [prompt for unit in units for prompt in unit]
         row = 0
         for request in requests:
             for sample, order in zip(request.samples, request.permutations, strict=True):
                 length, done = int(lengths[row]), bool(stopped[row])
-                ids = tokens_cpu[row, :length]
+                said = tokens_cpu[row, : length - done].tolist()
+                end = tokens_to_stop(said, sampling.stop, policy.decode) if sampling.stop else None
+                if end is not None:
+                    length, said = end, said[:end]
                 rollouts.append(
                     Rollout(
                         item_id=request.item.id, sample=sample, permutation=order,
-                        text=policy.decode(ids[: length - done].tolist()),
-                        token_ids=ids.astype(np.int32), logprobs=logprobs_cpu[row, :length].astype(np.float32),
-                        finish_reason="stop" if done else "length",
-                        prompt_tokens=len(flat[variant_of_row[row]].ids), images=flat[variant_of_row[row]].images,
+                        text=cut_at_stop(policy.decode(said), sampling.stop),
+                        token_ids=tokens_cpu[row, :length].astype(np.int32),
+                        logprobs=logprobs_cpu[row, :length].astype(np.float32),
+                        finish_reason="stop" if done or end is not None else "length",
+                        prompt_tokens=len(prompt_of_row[row].ids), images=prompt_of_row[row].images,
+                        weights=self._version,
                     )
                 )  # fmt: skip
                 row += 1
+        self._count(rollouts, units, cuts)
         return rollouts
 
-    def _prefill(self, units: Sequence[Sequence[EncodedPrompt]]) -> _State:
-        """Prefill each unit's common prefix once, then each of its prompts' remaining tokens."""
+    def _have_said(self, tokens: Tensor, stop: Sequence[str]) -> Tensor:
+        """Which of the samples [samples, tokens] hold a stop text."""
+        texts = map(self.policy.decode, tokens.tolist())
+        return torch.tensor([any(end in text for end in stop) for text in texts], device=tokens.device)
+
+    def _count(
+        self, rollouts: Sequence[Rollout], units: Sequence[Sequence[EncodedPrompt]], cuts: Sequence[int]
+    ) -> None:
+        asked = sum(rollout.prompt_tokens for rollout in rollouts)
+        shown = sum(rollout.images or 0 for rollout in rollouts)
+        saved = sum(cut * (len(unit) - 1) for unit, cut in zip(units, cuts, strict=True))
+        computed = sum(len(prompt.ids) for unit in units for prompt in unit) - saved
+        self._stats += EngineStats(
+            prompt_tokens=asked, completion_tokens=sum(len(rollout.token_ids) for rollout in rollouts),
+            prefix_hits=asked - computed, prefix_queries=asked,
+            image_hits=shown - sum(unit[0].images for unit in units), image_queries=shown,
+        )  # fmt: skip
+
+    def _prefill(self, units: Sequence[Sequence[EncodedPrompt]], cuts: Sequence[int]) -> _State:
+        """Prefill the first `cuts` tokens of each unit, which its prompts share, then the rest of each of them."""
         policy, device = self.policy, self.policy.device
-        cuts = [_common_prefix([prompt.ids for prompt in unit]) for unit in units]
         firsts = [unit[0] for unit in units]
         ids, mask, positions, types = self._left_pad(
             [(prompt, 0, cut) for prompt, cut in zip(firsts, cuts, strict=True)]

@@ -190,39 +190,36 @@ def one_order_chance(options: int, samples: int) -> float:
 def item_repeats(
     token_ids: Sequence[ArrayLike],
     logprobs: Sequence[ArrayLike] | None,
-    top_p: float,
     prompts: Sequence[Hashable] | None = None,
 ) -> Repeats:
     """How the samples of one item repeat each other, held against their own log-probabilities.
 
     A sampler that ignores its temperature repeats itself, and so does a confident model, honestly. They differ in the
-    log-probabilities: nucleus sampling keeps at least the mass `top_p`, so that sample j is the completion y with
-    probability at most ``b_j(y) = prod over tokens min(1, p / top_p)``, p being recorded before the cut.
+    log-probabilities: sample j is the completion y with probability ``q_j(y)``, the product of the probabilities
+    recorded for its tokens.
 
     The test is a bet against the sampler. Before each sample, the share `bet` of the wealth is laid on "it repeats an
     earlier one", over the earlier completions by their frequency w (those of the same prompt alone, where there are
-    any). A repeat of y pays ``w(y) / b_j(y)``, anything else nothing:
+    any). A repeat of y pays ``w(y) / q_j(y)``, anything else nothing:
 
-        wealth *= 1 - bet + bet * w(y_j) / b_j(y_j).
+        wealth *= 1 - bet + bet * w(y_j) / q_j(y_j).
 
-    The mean of this factor is at most ``1 - bet + bet * sum_y w(y) q_j(y) / b_j(y) <= 1`` for every model, so the
+    The mean of this factor is ``1 - bet + bet * sum over possible y of w(y) <= 1`` for every model, so the
     wealth is a supermartingale, over all samples and items, and so is the mean over `BETS`. By Ville's inequality it
-    ever exceeds 1 / alpha with probability at most alpha. (Multiplying the bounds of the items that came out
+    ever exceeds 1 / alpha with probability at most alpha. (Multiplying the probabilities of the items that came out
     identical, and of those only, wouldn't do: items are picked by their outcome, and over many items honest samples
     fall below any level.)
 
     Args:
         token_ids: integers [tokens] of each sample, in the order of sampling.
-        logprobs: of each token at the sampling temperature before the nucleus cut; None where they aren't known. A
-            value that isn't finite counts as unknown, and is bounded by 1.
-        top_p: nucleus mass.
+        logprobs: of each token in the distribution that it was drawn from, at the sampling temperature and
+            renormalised over the nucleus; None where they aren't known. A value that isn't finite counts as unknown,
+            and its probability as 1.
         prompts: what tells the samples' prompts apart (the option orders); None: all have the same.
 
     Raises:
-        ValueError: lengths that differ, or a top_p outside (0, 1].
+        ValueError: lengths that differ.
     """
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}, must be above 0 and at most 1")
     for name, given in (("logprobs", logprobs), ("prompts", prompts)):
         if given is not None and len(given) != len(token_ids):
             raise ValueError(f"{name} has {len(given)} entries for {len(token_ids)} samples")
@@ -236,7 +233,7 @@ def item_repeats(
     if logprobs is not None:
         shares = _earlier_shares(texts, prompts if prompts is not None else [None] * len(texts))
         with np.errstate(divide="ignore"):
-            payoffs = np.log(shares) - _log_bounds(tokens, logprobs, top_p)
+            payoffs = np.log(shares) - _log_probabilities(tokens, logprobs)
             bets = np.log(BETS)[:, None], np.log1p(-np.array(BETS))[:, None]
         wealth = np.logaddexp(bets[1], bets[0] + payoffs[1:]).sum(axis=1)
     distinct = len(set(texts))
@@ -296,18 +293,18 @@ def _earlier_shares(texts: Sequence[Hashable], prompts: Sequence[Hashable]) -> F
     return shares
 
 
-def _log_bounds(tokens: Sequence[NDArray[np.int64]], logprobs: Sequence[ArrayLike], top_p: float) -> Floats:
-    """log of ``prod over tokens min(1, p / top_p)`` of each sample."""
+def _log_probabilities(tokens: Sequence[NDArray[np.int64]], logprobs: Sequence[ArrayLike]) -> Floats:
+    """log q of each sample: the sum over its tokens, none of which can be above 0."""
     values = [np.asarray(given, dtype=np.float64) for given in logprobs]
     for j, (ids, given) in enumerate(zip(tokens, values, strict=True)):
         if ids.shape != given.shape or ids.ndim != 1:
             raise ValueError(f"sample {j}: {given.shape} log-probabilities for {ids.shape} tokens")
     flat = np.concatenate(values)
-    terms = np.where(np.isfinite(flat), np.minimum(0.0, flat - math.log(top_p) + _ROUNDING), 0.0)
+    terms = np.where(np.isfinite(flat), np.minimum(0.0, flat + _ROUNDING), 0.0)
     ends = np.cumsum([len(given) for given in values])
     sums = np.r_[0.0, np.cumsum(terms)]
-    bounds: Floats = sums[ends] - sums[np.r_[0, ends[:-1]]]
-    return bounds
+    found: Floats = sums[ends] - sums[np.r_[0, ends[:-1]]]
+    return found
 
 
 def _tail_bound(count: int, mean: float) -> float:

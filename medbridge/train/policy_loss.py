@@ -24,12 +24,15 @@ from medbridge_kernels import (
 )
 from medbridge_kernels.impl import Impl
 
+_LARGEST = {"ratio_max", "rollout_ratio_max"}
+"""Metrics of which a step has the largest; of all others it has the mean over tokens."""
+
 _COMPARED_BYTES = 64 << 20
 """Logits of the tokens that the back ends are compared on: plain torch holds several copies of them."""
 
 
 class PolicyLoss:
-    """Loss and gradient of the completion tokens of one micro-batch after the other; keeps time.
+    """Loss and gradient of the completion tokens of one micro-batch after the other; keeps time and metrics.
 
     Attributes:
         comparing: whether the next micro-batch is also timed with plain torch. Only that one is.
@@ -43,6 +46,7 @@ class PolicyLoss:
         self.comparing = False
         self._clock = _Clock(policy.device)
         self._tokens = 0
+        self._metrics = _Metrics()
         self._comparison = {"seconds_loss_plain": 0.0, "seconds_comparing": 0.0}
 
     def backward(self, hidden: Tensor, labels: Tensor, **inputs: Any) -> tuple[Tensor, LossOutputs]:
@@ -63,6 +67,7 @@ class PolicyLoss:
             loss, outputs = self._loss(states, layer, labels, self.impl, inputs)
             loss.backward()
         hidden.backward(states.grad)
+        self._metrics.add(outputs, len(labels))
         return loss.detach(), outputs
 
     def logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -74,6 +79,11 @@ class PolicyLoss:
             return linear_token_logprobs(
                 hidden, token_ids=labels, temperature=self.temperature, impl=self.impl, **layer._asdict()
             )
+
+    def take_metrics(self) -> dict[str, float]:
+        """The loss's own metrics and the entropy over all tokens since the last call; none without tokens."""
+        taken, self._metrics = self._metrics, _Metrics()
+        return taken.means()
 
     def take_seconds(self) -> dict[str, float]:
         """What was spent on the loss since the last call, in seconds.
@@ -124,6 +134,34 @@ class PolicyLoss:
             if layer is None:  # adapters on the output layer, say: only the model knows how to make its logits
                 return grpo_loss(self.policy.head(states), labels, **options)
             return linear_grpo_loss(states, token_ids=labels, **layer._asdict(), **options)
+
+
+class _Metrics:
+    """Metrics of micro-batches on the way to those of all their tokens together, however these were split."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._sums: dict[str, float] = {}
+        self._largest: dict[str, float] = {}
+        self._squares = 0.0  # of the ratios of old over rollout probability
+
+    def add(self, outputs: LossOutputs, tokens: int) -> None:
+        values = {name: float(value) for name, value in outputs.metrics.items()}
+        values["entropy"] = float(outputs.entropy.mean())
+        self._tokens += tokens
+        for name, value in values.items():
+            if name in _LARGEST:
+                self._largest[name] = max(self._largest.get(name, value), value)
+            else:
+                self._sums[name] = self._sums.get(name, 0.0) + tokens * value
+        if values.get("rollout_effective_sample_size"):  # (sum r)^2 / (count * sum r^2)
+            self._squares += tokens * values["rollout_ratio_mean"] ** 2 / values["rollout_effective_sample_size"]
+
+    def means(self) -> dict[str, float]:
+        means = {name: value / self._tokens for name, value in self._sums.items()}
+        if self._squares:
+            means["rollout_effective_sample_size"] = means["rollout_ratio_mean"] ** 2 * self._tokens / self._squares
+        return means | self._largest
 
 
 class _Clock:

@@ -7,25 +7,27 @@ training, and one process trains.
 
 from __future__ import annotations
 
-import copy
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from medbridge.data.images import ImageCache
 from medbridge.data.items import Item
-from medbridge.data.prompts import PromptSettings, permutation
-from medbridge.model.policy import CompletionBatch, EncodedPrompt, ModelSettings, Policy
-from medbridge.rollout.engine import Graded, Request, SamplingSettings
-from medbridge.train.optimization import OptimizerSettings, Shuffle, Trainable
-from medbridge.train.policy_loss import PolicyLoss
+from medbridge.data.prompts import PromptSettings
+from medbridge.errors import MedbridgeError
+from medbridge.model.policy import ModelSettings, Policy
+from medbridge.rollout.engine import SamplingSettings
+from medbridge.train.groups import GroupSampler, Rollouts
+from medbridge.train.learner import Learner
+from medbridge.train.optimization import OptimizerSettings, Trainable
+from medbridge.train.optimization import checkpoints as checkpoints_in
+from medbridge.train.pipelining import Pipeline
 from medbridge.train.sft import OnStep
-from medbridge_kernels import LossConfig, group_advantages
+from medbridge_kernels import LossConfig
 
 
 class RlSettings(OptimizerSettings):
@@ -44,16 +46,58 @@ class RlSettings(OptimizerSettings):
         description="Share of the training items that bridging never sees and sharpening uses alone. Answers that "
         "SFT has memorised are right in every sample, and a group without a difference teaches nothing.",
     )
-    prompts_per_step: int = Field(16, ge=1, description="Items sampled a step.")
+    prompts_per_step: int = Field(16, ge=1, description="Items a step: as many groups.")
     completions: int = Field(8, ge=2, description="Completions sampled per item: the group.")
+    dynamic_sampling: int = Field(
+        0,
+        ge=0,
+        description="Groups whose rewards are all equal teach nothing. Above 0 they are replaced by groups of the next "
+        "items, in at most so many further rounds a step; then the step goes on with the groups that it has.",
+    )
+    mask_truncated: bool = Field(
+        False,
+        description="Completions cut off at max_new_tokens count in their group's baseline and in the step's "
+        "normaliser, and give no gradient: what a cut answer would have earned isn't known.",
+    )
     micro_batch_size: int = Field(16, ge=1, description="Completions in memory at once; same gradient.")
     updates_per_batch: int = Field(
         1, ge=1, description="Optimizer updates from one batch of rollouts; above 1 the clip takes effect."
     )
-    temperature: float = Field(
-        1.0, gt=0, description="Sampling temperature; the loss uses the same. There is no nucleus cut in RL: "
-        "its log-probabilities would be those of another distribution.",
-    )  # fmt: skip
+    temperature: float = Field(1.0, gt=0, le=10, description="Sampling temperature; the loss uses the same.")
+    correction: Literal["none", "truncate", "mask"] = Field(
+        "truncate",
+        description="Rollouts come from an engine whose probabilities differ from the trainer's by rounding, and by "
+        "their age. truncate: a token's (or sequence's) gradient is weighted by the ratio of trainer over engine, up "
+        "to the cap. mask: the same, and 0 beyond the cap or below the floor. none: the difference is only logged.",
+    )
+    correction_level: Literal["token", "sequence"] = Field(
+        "token", description="That ratio per token, or per sequence (their product: unbiased, and far noisier)."
+    )
+    correction_cap: float = Field(2.0, gt=0, description="Largest ratio of the correction.")
+    correction_floor: float = Field(0.0, ge=0, description="Smallest ratio of the correction.")
+    off_policy_threshold: float | None = Field(
+        None,
+        ge=0,
+        description="Leave out completions with a negative advantage that were a mean of so many nats a token "
+        "likelier when they were sampled than they are now; null keeps all.",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus mass kept when sampling. The gradient is that of the whole policy, the samples are then "
+        "those of the cut one: below 1 it needs a correction, and tokens outside of the nucleus are never tried.",
+    )
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Steps by which a batch's weights are behind. Above 0 the next batches are sampled while the "
+        "present one is trained on, in engines of their own; 0 is strictly on policy.",
+    )
+    sync_every: int = Field(
+        1, ge=1, description="Steps between two transfers of weights to the rollout engines; divides checkpoint_every."
+    )
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo"] = Field(
         "grpo", description="Loss preset of medbridge_kernels: surrogate, ratio, clip and how it is normalised."
     )
@@ -66,21 +110,55 @@ class RlSettings(OptimizerSettings):
     )
     format_weight: float = Field(0.1, ge=0, description="Reward for the answer form, beside 1 for being right.")
 
+    @field_validator("top_p")
+    @classmethod
+    def _is_corrected(cls, top_p: float, info: ValidationInfo) -> float:
+        if top_p < 1 and info.data.get("correction") == "none":
+            raise ValueError(
+                "below 1 the samples are not the policy's own: the gradient is biased towards what the nucleus keeps. "
+                "Set correction to truncate or mask, or top_p to 1"
+            )
+        return top_p
 
-SampleStep = Callable[[int, Sequence[Request], SamplingSettings], Sequence[Graded]]
-"""Samples and rewards the requests of a step. What a killed run had sampled already comes from its ledger."""
+    @field_validator("sync_every")
+    @classmethod
+    def _divides_checkpoints(cls, every: int, info: ValidationInfo) -> int:
+        saved = info.data.get("checkpoint_every", every)
+        if saved % every:
+            raise ValueError(
+                f"checkpoint_every is {saved}, and {every} doesn't divide it: a run that resumes from a checkpoint "
+                "could not sample from the weights that the engines had then"
+            )
+        return every
+
+    @model_validator(mode="after")
+    def _is_a_loss(self) -> RlSettings:
+        self.loss_config()
+        return self
+
+    def loss_config(self) -> LossConfig:
+        return LossConfig.preset(
+            self.loss, kl_coef=self.kl_coefficient, correction=self.correction, correction_level=self.correction_level,
+            correction_cap=self.correction_cap, correction_floor=self.correction_floor,
+            off_policy_threshold=self.off_policy_threshold,
+        )  # fmt: skip
+
+    def version(self, step: int) -> int:
+        """The step after which the weights were taken that the batch of `step` is sampled from; 0: the first ones."""
+        newest = max(0, step - 1 - self.staleness)
+        return newest - newest % self.sync_every
 
 
 def train_rl(
     policy: Policy,
     items: Sequence[Item],
     settings: RlSettings,
-    sample: SampleStep,
+    rollouts: Rollouts,
     *,
     model: ModelSettings,
     prompts: PromptSettings,
     images: ImageCache,
-    max_new_tokens: int,
+    rollout: SamplingSettings,
     seed: int,
     checkpoints: Path,
     on_start: Callable[[int], None],
@@ -88,155 +166,42 @@ def train_rl(
 ) -> None:
     """Train `policy` in place with GRPO; resumes from the latest checkpoint under `checkpoints`.
 
-    All completions of a group see one option order (advantages compare like with like); it changes each time an
-    item comes up. `on_start` is told the step from which training goes on.
+    Of `rollout` the length and the stop texts are read; temperature and nucleus are the settings' own. `on_start` is
+    told the step from which training goes on.
+
+    Raises:
+        MedbridgeError: sampling ahead from weights that are trained meanwhile; rollouts of other weights than promised.
     """
-    sampling = SamplingSettings(temperature=settings.temperature, top_p=1.0, max_new_tokens=max_new_tokens)
-    learner = _Learner(policy, settings, prompts, images, max_new_tokens)
+    if rollouts.shares_weights and (settings.staleness or settings.sync_every > 1):
+        raise MedbridgeError(
+            f"rl.staleness is {settings.staleness} and rl.sync_every {settings.sync_every}, and the transformers "
+            "engine samples from the very weights that are trained: it can't keep older ones, nor sample while they "
+            "change. Set them to 0 and 1, or rollout.engine to vllm."
+        )
+    sampling = SamplingSettings(
+        temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=rollout.max_new_tokens, stop=rollout.stop
+    )
+    learner = Learner(policy, settings, prompts, images, rollout.max_new_tokens)
     trainable = Trainable(policy, model, settings, settings.steps, seed=seed)
     start = trainable.restore(checkpoints)
     on_start(start)
-    shuffle = Shuffle(len(items), seed)
-    for step in range(start + 1, settings.steps + 1):
-        began = time.perf_counter()
-        taken = shuffle.take((step - 1) * settings.prompts_per_step, settings.prompts_per_step)
-        requests = _groups([items[index] for index, _ in taken], step, settings.completions, seed)
-        graded = list(sample(step, requests, sampling))
-        sampled = time.perf_counter()
-        trainable.begin(step)
-        learner.loss.comparing = step == 1  # not again in a run that resumes
-        metrics = learner.update(step, requests, graded, trainable)
-        metrics["seconds_sampling"] = sampled - began
-        metrics["seconds_training"] = time.perf_counter() - sampled - metrics.pop("seconds_comparing", 0.0)
-        on_step(step, metrics, [request.item.id for request in requests])
-        if step % settings.checkpoint_every == 0 and step < settings.steps:
-            trainable.save(checkpoints, step)
+    sampler = GroupSampler(items, settings, rollouts, sampling, seed=seed, position=_position(checkpoints))
+    with Pipeline(sampler, settings, start=start) as pipeline:
+        for step in range(start + 1, settings.steps + 1):
+            batch = pipeline.take(step)
+            began = time.perf_counter()
+            trainable.begin(step)
+            learner.loss.comparing = step == 1  # not again in a run that resumes
+            metrics = learner.update(step, batch, trainable)
+            metrics["seconds_training"] = time.perf_counter() - began - metrics.pop("seconds_comparing", 0.0)
+            pipeline.trained(step)
+            on_step(step, metrics | pipeline.take_seconds(), [group.request.item.id for group in batch.groups])
+            if step % settings.checkpoint_every == 0 and step < settings.steps:
+                trainable.save(checkpoints, step, {"position": batch.position})
     trainable.finish()
 
 
-def _groups(items: Sequence[Item], step: int, completions: int, seed: int) -> list[Request]:
-    """One request a group. An item drawn twice in a step is two groups: its samples are numbered on."""
-    seen: dict[str, int] = {}
-    requests = []
-    for item in items:
-        first = seen.get(item.id, 0)
-        seen[item.id] = first + completions
-        order = permutation(item, seed, step)
-        requests.append(Request(item, tuple(range(first, first + completions)), (order,) * completions))
-    return requests
-
-
-class _Learner:
-    """The update half of a step: advantages, loss and optimizer, from completions that were sampled already."""
-
-    def __init__(
-        self, policy: Policy, settings: RlSettings, prompts: PromptSettings, images: ImageCache, max_new_tokens: int
-    ) -> None:
-        self.policy = policy
-        self.settings = settings
-        self.prompts = prompts
-        self.images = images
-        self.max_new_tokens = max_new_tokens
-        self.config = LossConfig.preset(settings.loss, kl_coef=settings.kl_coefficient)
-        self.reference = copy.deepcopy(policy.model).eval() if settings.kl_coefficient > 0 else None
-        self.loss = PolicyLoss(policy, self.config, settings.loss_impl, settings.temperature)
-
-    def update(
-        self, step: int, requests: Sequence[Request], graded: Sequence[Graded], trainable: Trainable
-    ) -> dict[str, float]:
-        """One or more optimizer updates from the groups of a step; returns its metrics, means over the updates."""
-        rewards = torch.tensor([entry.reward for entry in graded], dtype=torch.float32)
-        offsets = torch.tensor(np.cumsum([0, *(len(request.samples) for request in requests)]))
-        advantages = group_advantages(rewards, offsets, **self.config.advantage_options())
-        rows = [
-            (self.policy.encode(request.item, request.permutations[:1], self.prompts, self.images)[0], index)
-            for group, request in enumerate(requests)
-            for index in range(int(offsets[group]), int(offsets[group + 1]))
-        ]
-        metrics = describe(graded, rewards, offsets)
-        shuffled = np.random.default_rng([step, len(rows)]).permutation(len(rows))
-        updates = [
-            self._optimize([rows[at] for at in part], graded, advantages, step, trainable)
-            for part in np.array_split(shuffled, self.settings.updates_per_batch)
-        ]
-        for name in dict.fromkeys(name for update in updates for name in update):
-            values = [update[name] for update in updates if name in update]
-            metrics[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
-        return metrics | self.loss.take_seconds()
-
-    def _optimize(
-        self,
-        rows: list[tuple[EncodedPrompt, int]],
-        graded: Sequence[Graded],
-        advantages: torch.Tensor,
-        step: int,
-        trainable: Trainable,
-    ) -> dict[str, float]:
-        """Accumulate the gradient over micro-batches under the counts of all `rows`, and update once."""
-        normalizer = self._normalizer([len(graded[index].rollout.token_ids) for _, index in rows])
-        # A row without advantage moves nothing unless the KL term pulls at it: it need not be computed.
-        moved = [row for row in rows if self.reference is not None or float(advantages[row[1]]) != 0.0]
-        moved.sort(key=lambda row: len(row[0].ids) + len(graded[row[1]].rollout.token_ids))
-        if not moved:
-            return {}
-        totals: dict[str, float] = {"loss": 0.0}
-        tokens = 0
-        for at in range(0, len(moved), self.settings.micro_batch_size):
-            part = moved[at : at + self.settings.micro_batch_size]
-            chosen = [graded[index].rollout for _, index in part]
-            batch = self.policy.collate(
-                [prompt for prompt, _ in part], [rollout.token_ids.tolist() for rollout in chosen]
-            )
-            loss, outputs = self.loss.backward(
-                self.policy.completion_hidden(batch),
-                batch.labels,
-                sequence_ids=batch.sequence_ids,
-                advantages=advantages[[index for _, index in part]].to(self.policy.device),
-                old_logprobs=torch.from_numpy(np.concatenate([r.logprobs for r in chosen])).to(self.policy.device),
-                ref_logprobs=self._reference_logprobs(batch),
-                normalizer=normalizer,
-            )
-            count = len(batch.labels)
-            tokens += count
-            totals["loss"] += float(loss)
-            totals["entropy"] = totals.get("entropy", 0.0) + float(outputs.entropy.sum())
-            for name, value in outputs.metrics.items():
-                if name == "ratio_max":
-                    totals[name] = max(totals.get(name, 0.0), float(value))
-                else:
-                    totals[name] = totals.get(name, 0.0) + count * float(value)
-        means = {name: value if name in ("loss", "ratio_max") else value / tokens for name, value in totals.items()}
-        return means | trainable.step(step)
-
-    def _normalizer(self, lengths: Sequence[int]) -> float:
-        counts = {
-            "tokens": sum(lengths),
-            "sequences": len(lengths),
-            "constant": len(lengths) * self.max_new_tokens,
-        }
-        return float(counts[self.config.normalize])
-
-    @torch.no_grad()
-    def _reference_logprobs(self, batch: CompletionBatch) -> torch.Tensor | None:
-        if self.reference is None:
-            return None
-        current, self.policy.model = self.policy.model, self.reference
-        try:
-            return self.loss.logprobs(self.policy.completion_hidden(batch), batch.labels)
-        finally:
-            self.policy.model = current
-
-
-def describe(graded: Sequence[Graded], rewards: torch.Tensor, offsets: torch.Tensor) -> dict[str, float]:
-    """What was sampled in a step: mean reward, accuracy, form, length, and the share of groups that teach anything."""
-    outcomes = [entry.outcome for entry in graded]
-    lengths = [len(entry.rollout.token_ids) for entry in graded]
-    groups = [rewards[start:end] for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
-    return {
-        "reward": float(rewards.mean()),
-        "accuracy": float(np.mean([outcome.status == "correct" for outcome in outcomes])),
-        "format": float(np.mean([outcome.well_formed for outcome in outcomes])),
-        "completion_length": float(np.mean(lengths)),
-        "truncated": float(np.mean([entry.rollout.finish_reason == "length" for entry in graded])),
-        "signal": float(np.mean([bool(group.max() > group.min()) for group in groups])),
-    }
+def _position(folder: Path) -> int:
+    """How far in the order of the items the latest checkpoint's step had come."""
+    found = checkpoints_in(folder)
+    return int(json.loads((found[-1] / "state.json").read_text())["position"]) if found else 0

@@ -14,8 +14,11 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medbridge.data import ImageCache, Item, PromptSettings, build_prompt, load_image, permutation
+from medbridge.errors import MedbridgeError
 from medbridge.model import Policy
-from medbridge.rollout import GREEDY, Request, Rollout, SamplingSettings, TransformersEngine
+from medbridge.rollout import GREEDY, Engine, EngineStats, Request, Rollout, SamplingSettings, TransformersEngine
+from medbridge.rollout.transformers import LOOK_EVERY
+from medbridge.rollout.weights import Weights
 
 ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "gemma3")
 QWEN = ARCHITECTURES[:3]
@@ -129,8 +132,17 @@ def test_logprobs_are_those_a_trainer_recomputes(
         logits = policy.completion_logits(batch)
     temperature = torch.tensor([1.0 if r.sample == GREEDY else SAMPLING.temperature for r in rollouts])
     scaled = (logits / temperature[batch.rows, None]).log_softmax(-1)
-    expected = scaled.gather(-1, batch.labels[:, None])[:, 0].numpy()
+    top_p = torch.tensor([1.0 if r.sample == GREEDY else SAMPLING.top_p for r in rollouts])
+    expected = in_nucleus(scaled, top_p[batch.rows]).gather(-1, batch.labels[:, None])[:, 0].numpy()
     np.testing.assert_allclose(np.concatenate([r.logprobs for r in rollouts]), expected, atol=1e-4)
+
+
+def in_nucleus(logprobs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [rows, vocabulary] cut to the nucleus of each row and renormalised."""
+    ordered, order = logprobs.exp().sort(descending=True)
+    cut = torch.where(ordered.cumsum(-1) - ordered < top_p[:, None], ordered, 0.0)
+    kept = torch.zeros_like(cut).scatter(-1, order, cut)
+    return (kept / kept.sum(-1, keepdim=True)).log()
 
 
 # -- batches -------------------------------------------------------------------------------------------------------
@@ -287,3 +299,132 @@ def test_half_precision_rollouts_are_finite(load_policy: Callable[..., Policy], 
     rollouts = generate(policy, mixed_items, samples=2)
     assert len(rollouts) == 3 * len(mixed_items)
     assert all(np.isfinite(r.logprobs).all() and (r.logprobs <= 0).all() for r in rollouts)
+
+
+# -- stop texts ----------------------------------------------------------------------------------------------------
+
+
+def test_stop_texts_end_a_completion_where_they_are_complete(
+    load_policy: Callable[..., Policy], train_items: list[Item]
+) -> None:
+    """Against the same draws without them: the same tokens as far as the stop, and the text before it."""
+    policy = load_policy()
+    long = SamplingSettings(temperature=0.9, top_p=0.95, max_new_tokens=40)  # longer than looks are apart
+    free = generate(policy, train_items[:4], samples=8, sampling=long)
+    longest = max(free, key=lambda r: len(r.text)).text
+    for stop in (("e",), ("z", longest[20:23], "qu"), (longest[5:9],), ("not there",)):
+        bound = long.model_copy(update={"stop": stop})
+        for batch_size in (64, 9):
+            found = generate(policy, train_items[:4], samples=8, sampling=bound, batch_size=batch_size)
+            for one, other in zip(found, free, strict=True):
+                assert one.token_ids.tolist() == other.token_ids[: len(one.token_ids)].tolist()
+                np.testing.assert_allclose(one.logprobs, other.logprobs[: len(one.token_ids)], atol=1e-4)
+                at = [other.text.find(end) for end in stop if end in other.text]
+                if not at:
+                    assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
+                    assert len(one.token_ids) == len(other.token_ids)
+                    continue
+                assert one.text == other.text[: min(at)] and one.finish_reason == "stop"
+                assert any(end in policy.decode(one.token_ids.tolist()) for end in stop)
+                assert not any(end in policy.decode(one.token_ids[:-1].tolist()) for end in stop)
+    assert any("e" in r.text for r in free) and longest[20:23]
+
+
+def test_a_stop_text_spares_the_tokens_behind_it(
+    load_policy: Callable[..., Policy], train_items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy()
+    steps: list[int] = []
+    advance = TransformersEngine._advance
+
+    def counted(*arguments: Any) -> None:
+        steps.append(1)
+        advance(*arguments)
+
+    monkeypatch.setattr(TransformersEngine, "_advance", counted)
+    letters = tuple("abcdefghijklmnopqrstuvwxyz ")
+    sampling = SamplingSettings(max_new_tokens=200, stop=letters)
+    found = generate(policy, train_items[:2], sampling=sampling)
+    assert all(r.finish_reason == "stop" for r in found)
+    assert len(steps) < 3 * LOOK_EVERY
+
+
+# -- prompts that are too long -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lengths_are_those_of_the_encoded_prompts(
+    architecture: str, load_policy: Callable[..., Policy], mixed_items: list[Item], images: ImageCache
+) -> None:
+    policy = load_policy(architecture)
+    for r, item in zip(generate(policy, mixed_items, samples=0), mixed_items, strict=True):
+        assert policy.length(item, r.permutation, PROMPT, images) == r.prompt_tokens
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_sampled(
+    load_policy: Callable[..., Policy], mixed_items: list[Item]
+) -> None:
+    policy = load_policy()
+    lengths = {r.item_id: r.prompt_tokens for r in generate(policy, mixed_items, samples=0)}
+    longest = max(mixed_items, key=lambda item: lengths[item.id])
+    policy.context = lengths[longest.id]
+    calls = []
+    policy.model.register_forward_hook(lambda *_: calls.append(1))
+    policy.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    others = [item for item in mixed_items if item is not longest]
+    stream = engine(policy).generate([request(item, 0) for item in (*others, longest)], SAMPLING, seed=0)
+    with pytest.raises(MedbridgeError, match=rf"{longest.id!r}.*{policy.context} tokens.*{policy.context} with"):
+        next(stream)
+    assert not calls
+    # one token of room is used, and is not stepped over
+    policy.context += 1
+    found = {r.item_id: r for r in generate(policy, mixed_items, samples=2)}
+    assert len(found[longest.id].token_ids) == 1
+    assert max(len(r.token_ids) for r in found.values()) > 1
+
+
+def test_near_the_limit_every_option_order_is_measured(
+    load_policy: Callable[..., Policy], train_items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy()
+    asked = request(train_items[0], 12)
+    orders = list(dict.fromkeys(asked.permutations))
+    lengths = {order: policy.context - (order != orders[-1]) for order in orders}  # the last one leaves no room
+    assert len(orders) > 2
+    monkeypatch.setattr(policy, "length", lambda item, order, *_: lengths[order])
+    with pytest.raises(MedbridgeError, match="leave the item out"):
+        next(engine(policy).generate([asked], SAMPLING, seed=0))
+
+
+# -- the protocol --------------------------------------------------------------------------------------------------
+
+
+def test_it_says_which_weights_it_sampled_from(load_policy: Callable[..., Policy], train_items: list[Item]) -> None:
+    policy = load_policy()
+    own: Engine = engine(policy)
+    requests = [request(train_items[0], 2)]
+    own.start()
+    assert {r.weights for batch in own.generate(requests, SAMPLING, seed=0) for r in batch} == {0}
+    own.update_weights(Weights(policy, 7, Path("unused")))
+    own.sleep()
+    assert {r.weights for batch in own.generate(requests, SAMPLING, seed=0) for r in batch} == {7}
+    with pytest.raises(MedbridgeError, match="its own policy"):
+        own.update_weights(Weights(load_policy(), 8, Path("unused")))
+    own.close()
+    own.close()
+
+
+def test_it_counts_tokens_and_what_samples_share(load_policy: Callable[..., Policy], mixed_items: list[Item]) -> None:
+    own = engine(load_policy())
+    assert own.stats() == EngineStats()
+    several = mixed_items[3]
+    assert len(several.images) == 3
+    rollouts = [r for batch in own.generate([request(several, 7)], SAMPLING, seed=0) for r in batch]
+    stats = own.stats()
+    assert stats.prompt_tokens == stats.prefix_queries == sum(r.prompt_tokens for r in rollouts)
+    assert stats.completion_tokens == sum(len(r.token_ids) for r in rollouts)
+    assert (stats.image_queries, stats.image_hits) == (24, 21)  # 8 completions of 3 images, each looked at once
+    [length] = {r.prompt_tokens for r in rollouts}
+    orders = len({r.permutation for r in rollouts})
+    computed = stats.prefix_queries - stats.prefix_hits
+    assert length < computed < length * orders and stats.restarts == 0

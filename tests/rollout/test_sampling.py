@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from medbridge.rollout.sampling import draw, uniforms
+from medbridge.rollout.sampling import cut_at_stop, draw, tokens_to_stop, uniforms
 
 NEAR = 1e-6
 """Closer than this to an edge, float32 and float64 may fall on different sides of it."""
@@ -21,8 +22,8 @@ logits_lists = st.lists(
 )
 
 
-def nucleus(logits: list[float], temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Log-probabilities; cut and renormalised, the distribution to draw from; and how near the cut is to another.
+def nucleus(logits: list[float], temperature: float, top_p: float) -> tuple[np.ndarray, float]:
+    """The distribution to draw from, cut and renormalised; and how near the cut is to another.
 
     Token by token in float64.
     """
@@ -40,8 +41,7 @@ def nucleus(logits: list[float], temperature: float, top_p: float) -> tuple[np.n
         margin = min(margin, abs(mass - top_p))
     least = min(probabilities[token] for token in kept)
     cut = np.where(probabilities >= least * (1 - 1e-6), probabilities, 0.0)  # equally likely tokens stay together
-    with np.errstate(divide="ignore"):
-        return np.log(probabilities), cut / cut.sum(), 1.0 if top_p == 1 else margin
+    return cut / cut.sum(), 1.0 if top_p == 1 else margin
 
 
 @settings(max_examples=300)
@@ -53,7 +53,7 @@ def test_a_draw_is_the_inverse_of_the_cut_distribution(
 ) -> None:
     assume(any(math.isfinite(value) for value in logits))
     temperature = float(np.float32(temperature))
-    logprobs, distribution, margin = nucleus(logits, temperature, top_p)
+    distribution, margin = nucleus(logits, temperature, top_p)
     cumulative = np.cumsum(distribution)
     assume(margin > NEAR and np.abs(cumulative - uniform).min() > NEAR)
     expected = int(np.searchsorted(cumulative, uniform, side="right"))
@@ -62,7 +62,8 @@ def test_a_draw_is_the_inverse_of_the_cut_distribution(
     )
     assert int(token) == expected
     assert distribution[expected] > 0
-    assert float(logprob) == pytest.approx(logprobs[expected], abs=1e-4)  # before the cut
+    assert float(logprob) == pytest.approx(math.log(distribution[expected]), abs=1e-4)
+    assert float(logprob) <= 0
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5])
@@ -72,7 +73,7 @@ def test_evenly_spread_uniforms_give_each_token_its_share(top_p: float) -> None:
     logits = generator.normal(0, 2, 50).astype(np.float32).tolist()
     count = 20_000
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    _, distribution, _ = nucleus(logits, 0.75, top_p)
+    distribution, _ = nucleus(logits, 0.75, top_p)
     token, _ = draw(torch.tensor([logits]).expand(count, -1), torch.full((count,), 0.75), top_p, grid)
     drawn = np.bincount(token.numpy(), minlength=50)
     assert np.abs(drawn - count * distribution).max() <= 1.01
@@ -85,19 +86,58 @@ def test_real_draws_follow_the_distribution() -> None:
     count = 4000
     noise = torch.from_numpy(np.concatenate([uniforms(5, f"item-{n}", n % 7, 4) for n in range(count // 4)]))
     token, _ = draw(logits.expand(count, -1), torch.full((count,), 1.5), 1.0, noise)
-    _, distribution, _ = nucleus(logits[0].tolist(), 1.5, 1.0)
+    distribution, _ = nucleus(logits[0].tolist(), 1.5, 1.0)
     drawn = np.bincount(token.numpy(), minlength=6)
     assert drawn[5] == 0
     expected = count * distribution[:5]
     assert float(((drawn[:5] - expected) ** 2 / expected).sum()) < 33.4  # chi-square, 4 degrees of freedom
 
 
-def test_temperature_zero_takes_the_likeliest_token_and_its_logprob_at_temperature_one() -> None:
+def test_temperature_zero_takes_the_likeliest_token_and_its_logprob_at_temperature_one_uncut() -> None:
     logits = torch.tensor([[0.5, 3.0, 1.0], [0.5, 3.0, 1.0]])
-    token, logprob = draw(logits, torch.tensor([0.0, 0.5]), 0.9, torch.tensor([0.999, 0.999], dtype=torch.float64))
+    token, logprob = draw(logits, torch.tensor([0.0, 2.0]), 0.9, torch.tensor([0.999, 0.999], dtype=torch.float64))
     assert int(token[0]) == 1
     assert float(logprob[0]) == pytest.approx(float(logits[0].log_softmax(-1)[1]), abs=1e-6)
-    assert float(logprob[1]) == pytest.approx(float((logits[1] / 0.5).log_softmax(-1)[int(token[1])]), abs=1e-6)
+    distribution, _ = nucleus(logits[1].tolist(), 2.0, 0.9)
+    assert float(logprob[1]) == pytest.approx(math.log(distribution[int(token[1])]), abs=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+def test_probabilities_of_what_can_be_drawn_sum_to_one(top_p: float) -> None:
+    generator = np.random.default_rng(3)
+    logits = torch.from_numpy(generator.normal(0, 2, 40).astype(np.float32))
+    count = 40_000
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    token, logprob = draw(logits.expand(count, -1), torch.full((count,), 0.8), top_p, grid)
+    seen = {int(t): float(p) for t, p in zip(token, logprob, strict=True)}
+    assert sum(map(math.exp, seen.values())) == pytest.approx(1.0, abs=1e-3)
+
+
+# -- stop texts ----------------------------------------------------------------------------------------------------
+
+LETTERS = "abc"
+stop_texts = st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3)
+
+
+@given(st.text(LETTERS, max_size=12), stop_texts)
+def test_a_text_ends_before_the_first_stop(text: str, stop: list[str]) -> None:
+    cut = cut_at_stop(text, stop)
+    assert text.startswith(cut) and not any(end in cut for end in stop)
+    assert cut == text or any(text.startswith(end, len(cut)) for end in stop)
+
+
+@given(
+    st.lists(st.text(LETTERS, max_size=3), max_size=8), st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=2)
+)
+def test_tokens_are_kept_up_to_the_one_that_completes_a_stop(pieces: list[str], stop: list[str]) -> None:
+    """Tokens of no letters or several, and stop texts across tokens; against looking at every length in turn."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(pieces[index] for index in ids)
+
+    ids = range(len(pieces))
+    expected = next((n for n in range(len(pieces) + 1) if any(end in decode(ids[:n]) for end in stop)), None)
+    assert tokens_to_stop(ids, stop, decode) == expected
 
 
 def test_no_uniform_draws_a_token_without_mass() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from medbridge.data import ImageCache, Item, PromptSettings, grade, permutation, target_completion
 from medbridge.model import ModelSettings, Policy
 from medbridge.rollout import Graded, Request, SamplingSettings, TransformersEngine
+from medbridge.rollout.weights import Weights
 from medbridge.train import Example, RlSettings, SftSettings, train_rl, train_sft
 from medbridge.train.rewards import reward
 
@@ -102,23 +103,67 @@ def sft(tmp_path: Path, images: ImageCache) -> Callable[..., Log]:
     return run
 
 
-class Sampler:
-    """Samples and rewards the requests of a step, as the pipeline does; `store` plays the ledger."""
+class Rollouts:
+    """Samples and rewards with real engines, as the pipeline does; `store` plays the ledger.
 
-    def __init__(self, policy: Policy, images: ImageCache, *, seed: int, store: dict[int, list[Graded]]) -> None:
-        self.engine = TransformersEngine(policy, PROMPT, images, batch_size=64)
+    `policy` is the one in training. Where `apart` is given, completions are drawn by that one, which gets a copy of the
+    weights at each sync, as an engine in another process does.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        images: ImageCache,
+        *,
+        seed: int,
+        store: dict[int, list[Graded]],
+        apart: Policy | None = None,
+        score: Callable[[Item, Graded], float] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.policy = policy
+        self.engine = TransformersEngine(apart or policy, PROMPT, images, batch_size=batch_size)
+        self.shares_weights = apart is None
         self.seed = seed
-        self.store = store
-        self.drawn: list[int] = []
+        self.kept = store
+        self.score = score
+        self.drawn: list[tuple[int, str]] = []
+        self.synced: list[int] = []
 
-    def __call__(self, step: int, requests: Sequence[Request], sampling: SamplingSettings) -> list[Graded]:
-        if step not in self.store:
-            self.drawn.append(step)
-            by_id = {request.item.id: request.item for request in requests}
-            rollouts = [r for batch in self.engine.generate(requests, sampling, seed=self.seed + step) for r in batch]
-            outcomes = [grade(by_id[r.item_id], r.permutation, r.text, PROMPT) for r in rollouts]
-            self.store[step] = [Graded(r, o, reward(o, 0.1)) for r, o in zip(rollouts, outcomes, strict=True)]
-        return self.store[step]
+    def stored(self, step: int) -> list[Graded]:
+        return list(self.kept.get(step, []))
+
+    def sample(
+        self, step: int, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> Generator[list[Graded], None, None]:
+        self.drawn += [(step, request.item.id) for request in requests]
+        by_id = {request.item.id: request.item for request in requests}
+        for rollouts in self.engine.generate(requests, sampling, seed=self.seed + step):
+            graded = []
+            for rollout in rollouts:
+                outcome = grade(by_id[rollout.item_id], rollout.permutation, rollout.text, PROMPT)
+                entry = Graded(rollout, outcome, reward(outcome, 0.1))
+                if self.score is not None:
+                    entry = replace(entry, reward=self.score(by_id[rollout.item_id], entry))
+                graded.append(entry)
+            yield graded
+
+    def store(self, step: int, graded: Sequence[Graded]) -> None:
+        self.kept.setdefault(step, []).extend(graded)
+
+    def sync(self, version: int) -> None:
+        if not self.shares_weights:
+            self.engine.policy.model.load_state_dict(self.policy.model.state_dict())
+        self.engine.update_weights(Weights(self.engine.policy, version, Path("unused")))
+        self.synced.append(version)
+
+    def rest(self) -> None:
+        self.engine.sleep()
+
+
+@pytest.fixture(scope="session")
+def rollouts_of() -> type[Rollouts]:
+    return Rollouts
 
 
 @pytest.fixture
@@ -138,15 +183,16 @@ def rl(tmp_path: Path, images: ImageCache) -> Callable[..., Log]:
         kill_at: int | None = None,
         seed: int = 0,
         store: dict[int, list[Graded]] | None = None,
-        sample: Any = None,
-        max_new_tokens: int = 8,
+        rollouts: Any = None,
+        rollout: SamplingSettings | None = None,
         **settings: Any,
     ) -> Log:
         log, on_start, on_step = callbacks(kill_at)
         train_rl(
             policy, items, RlSettings(**{**defaults, **settings}),
-            sample or Sampler(policy, images, seed=seed, store={} if store is None else store),
-            model=model or ModelSettings(), prompts=PROMPT, images=images, max_new_tokens=max_new_tokens, seed=seed,
+            rollouts or Rollouts(policy, images, seed=seed, store={} if store is None else store),
+            model=model or ModelSettings(), prompts=PROMPT, images=images,
+            rollout=rollout or SamplingSettings(max_new_tokens=8), seed=seed,
             checkpoints=checkpoints or tmp_path / "checkpoints", on_start=on_start, on_step=on_step,
         )  # fmt: skip
         return log

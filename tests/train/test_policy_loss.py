@@ -134,6 +134,40 @@ def test_it_tells_what_plain_torch_would_cost_once_and_trains_nothing_by_it(
     assert loss.take_seconds() == {"seconds_loss": 0.0}
 
 
+@pytest.mark.parametrize("sizes", [(3,), (1, 2), (1, 1, 1)])
+def test_metrics_do_not_depend_on_the_micro_batches(
+    sizes: tuple[int, ...], load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
+) -> None:
+    policy = load_policy(trainable=True)
+    loss = PolicyLoss(policy, LossConfig(correction="mask", correction_cap=1.1), "auto", 1.0)
+    assert loss.take_metrics() == {}
+    lengths, generator = (4, 1, 6), torch.Generator().manual_seed(1)
+    rows = [torch.randint(5, 200, (length,), generator=generator).tolist() for length in lengths]
+    prompts = [policy.encode(item, [permutation(item, 0, 0)], PROMPT, images)[0] for item in train_items[:3]]
+    engine = [-5.5 + torch.randn(length, generator=generator) for length in lengths]
+    old = [-5.5 + 0.1 * torch.randn(length, generator=generator) for length in lengths]
+    at = 0
+    for size in sizes:
+        part = slice(at, at + size)
+        batch = policy.collate(prompts[part], rows[part])
+        loss.backward(
+            policy.completion_hidden(batch), batch.labels, sequence_ids=batch.sequence_ids,
+            advantages=torch.tensor([1.0, -0.5, 0.7])[part], old_logprobs=torch.cat(old[part]),
+            rollout_logprobs=torch.cat(engine[part]), normalizer=3.0,
+        )  # fmt: skip
+        at += size
+    found = loss.take_metrics()
+    ratio = (torch.cat(old) - torch.cat(engine)).double().exp()
+    assert found["rollout_ratio_mean"] == pytest.approx(float(ratio.mean()), rel=1e-5)
+    assert found["rollout_ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-5)
+    assert found["rollout_kl"] == pytest.approx(float((ratio - 1 - ratio.log()).mean()), rel=1e-5)
+    size_found = found["rollout_effective_sample_size"]
+    assert size_found == pytest.approx(float(ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())), rel=1e-5)
+    assert found["corrected"] == pytest.approx(float((ratio > 1.1).double().mean()))
+    assert 0 < found["entropy"] < 6.1
+    assert loss.take_metrics() == {}
+
+
 def test_banned_tokens_have_no_probability(
     load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from medbridge.data import ImageCache, Item, Outcome, PromptSettings, permutation
+from medbridge.errors import MedbridgeError
 from medbridge.model import LoraSettings, ModelSettings, Policy
-from medbridge.rollout import Graded, Request, Rollout, SamplingSettings, TransformersEngine
+from medbridge.rollout import Graded, Request, SamplingSettings, TransformersEngine
 from medbridge.train import RlSettings
+from medbridge.train.groups import Batch, Group, GroupSampler
+from medbridge.train.learner import Learner
 from medbridge.train.optimization import Trainable
 from medbridge.train.rewards import reward
-from medbridge.train.rl import _groups, _Learner
 
 PROMPT = PromptSettings(answer_style="text", system="")
 LIMIT = 8
@@ -39,14 +42,37 @@ class Recorder:
 
 def sampled(
     policy: Policy, items: Sequence[Item], images: ImageCache, rewards: Sequence[float], completions: int
-) -> tuple[list[Request], list[Graded]]:
-    """Real completions of the policy with rewards as given."""
-    requests = _groups(items, 1, completions, 0)
+) -> Batch:
+    """Real completions of the policy, a group an item, with rewards as given."""
+    requests = [Request(item, tuple(range(completions)), (permutation(item, 0, 1),) * completions) for item in items]
     engine = TransformersEngine(policy, PROMPT, images, batch_size=64)
     sampling = SamplingSettings(temperature=0.8, top_p=1.0, max_new_tokens=LIMIT)
-    rollouts = [r for batch in engine.generate(requests, sampling, seed=0) for r in batch]
+    rollouts = (r for batch in engine.generate(requests, sampling, seed=0) for r in batch)
     outcome = Outcome("wrong", 0, "x", (0, 1), False)
-    return requests, [Graded(r, outcome, value) for r, value in zip(rollouts, rewards, strict=True)]
+    graded = [Graded(r, outcome, value) for r, value in zip(rollouts, rewards, strict=True)]
+    return grouped(requests, graded)
+
+
+def grouped(requests: Sequence[Request], graded: Sequence[Graded]) -> Batch:
+    entries = iter(graded)
+    groups = [Group(request, tuple(next(entries) for _ in request.samples)) for request in requests]
+    return Batch(groups, [], len(groups), 0, 0.0)
+
+
+def changed(batch: Batch, change: Callable[[int, Graded], Graded]) -> Batch:
+    """The batch with each completion changed, by its number."""
+    return grouped([group.request for group in batch.groups], [change(n, e) for n, e in enumerate(batch.sampled)])
+
+
+def gradient(
+    policy: Policy, batch: Batch, images: ImageCache, **settings: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The gradient of the one update of a batch, and the step's metrics."""
+    recorder = Recorder(policy)
+    chosen = RlSettings(**{"temperature": 0.8, "completions": 4, "micro_batch_size": 5, **settings})
+    metrics = Learner(policy, chosen, PROMPT, images, LIMIT).update(1, batch, recorder)  # type: ignore[arg-type]
+    [found] = recorder.gradients
+    return found, metrics
 
 
 def naive_gradient(
@@ -117,14 +143,10 @@ def test_an_on_policy_step_is_the_policy_gradient(
 ) -> None:
     policy = load_policy(architecture, trainable=True)
     items = train_items[:3]
-    requests, graded = sampled(policy, items, images, REWARDS, 4)
-    assert len({len(entry.rollout.token_ids) for entry in graded}) >= 1
-    expected = naive_gradient(policy, items, graded, images, loss, 4)
+    batch = sampled(policy, items, images, REWARDS, 4)
+    expected = naive_gradient(policy, items, batch.sampled, images, loss, 4)
     for micro in (1, 5, 100):
-        settings = RlSettings(loss=loss, temperature=0.8, completions=4, micro_batch_size=micro)
-        recorder = Recorder(policy)
-        metrics = _Learner(policy, settings, PROMPT, images, LIMIT).update(1, requests, graded, recorder)  # type: ignore[arg-type]
-        [found] = recorder.gradients
+        found, metrics = gradient(policy, batch, images, loss=loss, micro_batch_size=micro)
         assert_close(found, expected)
         assert metrics["reward"] == pytest.approx(np.mean(REWARDS), abs=1e-6)
         assert metrics["signal"] == pytest.approx(2 / 3)
@@ -143,12 +165,11 @@ def test_completions_of_unequal_length_are_weighted_as_the_loss_says(
 ) -> None:
     policy = load_policy(trainable=True)
     items = train_items[:3]
-    requests, graded = sampled(policy, items, images, REWARDS, 4)
-    graded = [shorten(entry, 1 + index % LIMIT) for index, entry in enumerate(graded)]
-    settings = RlSettings(loss=loss, temperature=0.8, completions=4, micro_batch_size=3)
-    recorder = Recorder(policy)
-    _Learner(policy, settings, PROMPT, images, LIMIT).update(1, requests, graded, recorder)  # type: ignore[arg-type]
-    assert_close(recorder.gradients[0], naive_gradient(policy, items, graded, images, loss, 4))
+    batch = changed(
+        sampled(policy, items, images, REWARDS, 4), lambda number, entry: shorten(entry, 1 + number % LIMIT)
+    )
+    found, _ = gradient(policy, batch, images, loss=loss, micro_batch_size=3)
+    assert_close(found, naive_gradient(policy, items, batch.sampled, images, loss, 4))
 
 
 def test_the_kl_term_pulls_towards_the_first_model(
@@ -157,18 +178,18 @@ def test_the_kl_term_pulls_towards_the_first_model(
     policy, reference = load_policy(trainable=True), load_policy()
     items = train_items[:3]
     settings = RlSettings(temperature=0.8, completions=4, micro_batch_size=5, kl_coefficient=0.5)
-    learner = _Learner(policy, settings, PROMPT, images, LIMIT)  # keeps its copy of the model here
+    learner = Learner(policy, settings, PROMPT, images, LIMIT)  # keeps its copy of the model here
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    requests, graded = sampled(policy, items, images, REWARDS, 4)
+    batch = sampled(policy, items, images, REWARDS, 4)
     recorder = Recorder(policy)
-    metrics = learner.update(1, requests, graded, recorder)  # type: ignore[arg-type]
-    expected = naive_gradient(policy, items, graded, images, "grpo", 4, reference, 0.5)
+    metrics = learner.update(1, batch, recorder)  # type: ignore[arg-type]
+    expected = naive_gradient(policy, items, batch.sampled, images, "grpo", 4, reference, 0.5)
     assert_close(recorder.gradients[0], expected)
     assert metrics["kl"] > 0
-    without = naive_gradient(policy, items, graded, images, "grpo", 4)
+    without = naive_gradient(policy, items, batch.sampled, images, "grpo", 4)
     assert any(not torch.allclose(without[name], expected[name], atol=1e-5) for name in expected)
 
 
@@ -176,80 +197,275 @@ def test_no_kl_keeps_no_copy_and_reports_none(
     load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
 ) -> None:
     policy = load_policy(trainable=True)
-    learner = _Learner(policy, RlSettings(completions=4), PROMPT, images, LIMIT)
+    learner = Learner(policy, RlSettings(completions=4), PROMPT, images, LIMIT)
     assert learner.reference is None
-    requests, graded = sampled(policy, train_items[:3], images, REWARDS, 4)
-    assert "kl" not in learner.update(1, requests, graded, Recorder(policy))  # type: ignore[arg-type]
+    batch = sampled(policy, train_items[:3], images, REWARDS, 4)
+    assert "kl" not in learner.update(1, batch, Recorder(policy))  # type: ignore[arg-type]
 
 
 def test_several_updates_share_out_the_batch_and_clip(
     load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
 ) -> None:
     policy = load_policy(trainable=True)
-    requests, graded = sampled(policy, train_items[:3], images, REWARDS, 4)
+    batch = sampled(policy, train_items[:3], images, REWARDS, 4)
     recorder = Recorder(policy)
     settings = RlSettings(
         temperature=0.8, completions=4, updates_per_batch=3, learning_rate=0.02, warmup_steps=0
     )  # fmt: skip
-    _Learner(policy, settings, PROMPT, images, LIMIT).update(1, requests, graded, recorder)  # type: ignore[arg-type]
+    Learner(policy, settings, PROMPT, images, LIMIT).update(1, batch, recorder)  # type: ignore[arg-type]
     assert 2 <= len(recorder.gradients) <= 3  # a share of rows without advantage makes no update
     trainable = Trainable(policy, ModelSettings(), settings, 1, seed=0)
-    metrics = _Learner(policy, settings, PROMPT, images, LIMIT).update(1, requests, graded, trainable)
+    metrics = Learner(policy, settings, PROMPT, images, LIMIT).update(1, batch, trainable)
     assert metrics["ratio_max"] > 1.2  # the last update sees a policy that has moved
     assert metrics["clip_low"] + metrics["clip_high"] > 0
+    # and still the engine is compared with the policy that the step began with
+    assert metrics["rollout_ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["rollout_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+# -- engine and trainer --------------------------------------------------------------------------------------------
+
+
+def apart(size: float) -> Callable[[int, Graded], Graded]:
+    """Log-probabilities of an engine that is off by some noise."""
+    generator = np.random.default_rng(0)
+
+    def change(_: int, entry: Graded) -> Graded:
+        off = generator.normal(0, size, len(entry.rollout.logprobs)).astype(np.float32)
+        return dataclasses.replace(
+            entry, rollout=dataclasses.replace(entry.rollout, logprobs=entry.rollout.logprobs + off)
+        )
+
+    return change
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_mismatch_is_measured_over_the_whole_step(
+    updates: int, load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
+) -> None:
+    policy = load_policy(trainable=True)
+    clean = sampled(policy, train_items[:3], images, REWARDS, 4)  # its log-probabilities are the trainer's
+    batch = changed(clean, apart(0.5))
+    moved = slice(0, 8)  # the last group has no advantage, and isn't looked at
+    own, engines = (
+        np.concatenate([e.rollout.logprobs for e in b.sampled[moved]]).astype(np.float64) for b in (clean, batch)
+    )
+    ratio = np.exp(own - engines)
+    expected = {
+        "rollout_ratio_mean": ratio.mean(),
+        "rollout_ratio_max": ratio.max(),
+        "rollout_kl": (ratio - 1 - np.log(ratio)).mean(),
+        "rollout_effective_sample_size": ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()),
+        "corrected": (ratio > 2).mean(),
+    }
+    assert expected["rollout_effective_sample_size"] < 0.9 and expected["corrected"] > 0
+    settings = RlSettings(temperature=0.8, completions=4, micro_batch_size=3, updates_per_batch=updates)
+    metrics = Learner(policy, settings, PROMPT, images, LIMIT).update(1, batch, Recorder(policy))  # type: ignore[arg-type]
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_the_correction_weighs_each_token_by_the_ratio(
+    load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
+) -> None:
+    policy = load_policy(trainable=True)
+    clean = sampled(policy, train_items[:3], images, REWARDS, 4)
+    on_policy, _ = gradient(policy, clean, images)
+    ignored, metrics = gradient(policy, changed(clean, apart(0.5)), images, correction="none")
+    assert_close(ignored, on_policy)  # only logged
+    assert metrics["rollout_kl"] > 0.01 and "corrected" not in metrics
+
+    # An engine that is exactly half as sure of each token: all ratios are 2, so is the gradient.
+    def half(_: int, entry: Graded) -> Graded:
+        lower = entry.rollout.logprobs - np.float32(np.log(2))
+        return dataclasses.replace(entry, rollout=dataclasses.replace(entry.rollout, logprobs=lower))
+
+    doubled = {name: 2 * value for name, value in on_policy.items()}
+    assert_close(gradient(policy, changed(clean, half), images, correction_cap=3.0)[0], doubled)
+    capped = {name: 1.5 * value for name, value in on_policy.items()}
+    assert_close(gradient(policy, changed(clean, half), images, correction_cap=1.5)[0], capped)
+    beyond, metrics = gradient(policy, changed(clean, half), images, correction="mask", correction_cap=1.5)
+    assert all(not value.any() for value in beyond.values()) and metrics["corrected"] == 1
+    noisy = {
+        level: gradient(policy, changed(clean, apart(0.5)), images, correction_level=level)[0]
+        for level in ("token", "sequence")
+    }
+    assert any(not torch.allclose(noisy["token"][name], noisy["sequence"][name], atol=1e-4) for name in on_policy)
+    _, metrics = gradient(policy, changed(clean, lambda _, e: likelier(e)), images, off_policy_threshold=0.1)
+    assert 0 < metrics["off_policy"] < 1  # only those with a negative advantage
+
+
+def likelier(entry: Graded) -> Graded:
+    return dataclasses.replace(
+        entry, rollout=dataclasses.replace(entry.rollout, logprobs=entry.rollout.logprobs + np.float32(0.5))
+    )
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_cut_completions_count_in_the_baseline_and_give_no_gradient(
+    kl: float, load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
+) -> None:
+    policy = load_policy(trainable=True)
+
+    def cut(number: int, entry: Graded) -> Graded:
+        reason: Any = "length" if number in (0, 5) else "stop"
+        return dataclasses.replace(entry, rollout=dataclasses.replace(entry.rollout, finish_reason=reason))
+
+    batch = changed(sampled(policy, train_items[:3], images, REWARDS, 4), cut)
+    settings = {"kl_coefficient": kl, "completions": 4, "temperature": 0.8}
+    masked, metrics = gradient(policy, batch, images, mask_truncated=True, **settings)
+    assert metrics["masked"] == 2 and metrics["truncated"] == 2 / 12
+    # by hand: the gradient of all rows, less that of the two
+    whole, _ = gradient(policy, batch, images, **settings)
+    learner = Learner(policy, RlSettings(**settings), PROMPT, images, LIMIT)
+    rows = learner._rows(batch)
+    for number, row in enumerate(rows):
+        row.moves = number in (0, 5)
+    recorder = Recorder(policy)
+    learner._optimize(rows, 1, recorder)  # type: ignore[arg-type]
+    assert_close(masked, {name: whole[name] - recorder.gradients[0][name] for name in whole})
+
+
+def test_a_nucleus_needs_a_correction() -> None:
+    with pytest.raises(ValueError, match=r"top_p\n.*not the policy's own: .* correction to truncate or mask"):
+        RlSettings(top_p=0.9, correction="none")
+    assert RlSettings(top_p=0.9).top_p == 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"correction": "none", "correction_cap": 3.0}, "correction_cap = 3.0 isn't read"),
+        ({"correction_cap": 1.0, "correction_floor": 1.0}, "must be 0 <= floor < cap"),
+        ({"checkpoint_every": 10, "sync_every": 4}, "checkpoint_every is 10, and 4 doesn't divide it"),
+        ({"staleness": 9}, "less than or equal to 8"),
+        ({"dynamic_sampling": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_settings_that_would_go_wrong_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RlSettings(**settings)
+
+
+def test_weights_in_training_are_not_sampled_ahead(
+    load_policy: Callable[..., Policy], rl: Callable[..., Any], train_items: list[Item]
+) -> None:
+    policy = load_policy(trainable=True)
+    for settings in ({"staleness": 1}, {"sync_every": 2}):
+        with pytest.raises(MedbridgeError, match=r"very weights that are trained.*rollout\.engine to vllm"):
+            rl(policy, train_items, **settings)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------------
 
 
 def test_without_a_difference_in_reward_the_weights_stay(
-    load_policy: Callable[..., Policy], rl: Callable[..., Any], train_items: list[Item], images: ImageCache
-) -> None:
+    load_policy: Callable[..., Policy], rl: Callable[..., Any], rollouts_of: Any, train_items: list[Item],
+    images: ImageCache,
+) -> None:  # fmt: skip
+    for dynamic in (0, 2):
+        policy = load_policy(trainable=True)
+        before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+        same = rollouts_of(policy, images, seed=0, store={}, score=lambda item, entry: 1.1)
+        log = rl(policy, train_items, rollouts=same, steps=3, dynamic_sampling=dynamic)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in policy.model.state_dict().items())
+        assert log.series("signal") == [0.0, 0.0, 0.0]
+        assert log.series("reward") == pytest.approx([1.1] * 3)
+        assert log.series("groups_sampled") == [3.0 * (1 + dynamic)] * 3
+        assert log.series("groups_without_signal") == log.series("groups_sampled")
+        assert all("gradient_norm" not in metrics for metrics in log.metrics.values())
+        assert [len(ids) for ids in log.items.values()] == [0 if dynamic else 3] * 3
+
+
+def test_sampling_for_training_has_its_own_temperature_and_nucleus(
+    load_policy: Callable[..., Policy], rl: Callable[..., Any], rollouts_of: Any, train_items: list[Item],
+    images: ImageCache,
+) -> None:  # fmt: skip
     policy = load_policy(trainable=True)
-    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
-
-    def sample(step: int, requests: Sequence[Request], sampling: SamplingSettings) -> list[Graded]:
-        engine = TransformersEngine(policy, PROMPT, images, batch_size=64)
-        rollouts = [r for batch in engine.generate(requests, sampling, seed=step) for r in batch]
-        return [Graded(r, Outcome("correct", 0, "x", (0, 1), True), 1.1) for r in rollouts]
-
-    log = rl(policy, train_items, sample=sample, steps=3, checkpoint_every=1)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.model.state_dict().items())
-    assert log.series("signal") == [0.0, 0.0, 0.0]
-    assert log.series("accuracy") == [1.0, 1.0, 1.0]
-    assert all("gradient_norm" not in metrics for metrics in log.metrics.values())
-
-
-def test_groups_share_one_order_and_number_their_samples_on(train_items: list[Item]) -> None:
-    first, second = train_items[:2]
-    requests = _groups([first, second, first], 5, 4, 0)
-    assert [r.samples for r in requests] == [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5, 6, 7)]
-    assert [set(r.permutations) for r in requests] == [{permutation(item, 0, 5)} for item in (first, second, first)]
-    assert {_groups([first], step, 2, 0)[0].permutations[0] for step in range(30)} == {
-        (0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0),
-    }  # fmt: skip
-
-
-def test_sampling_for_training_has_no_nucleus_cut_and_its_own_temperature(
-    load_policy: Callable[..., Policy], rl: Callable[..., Any], train_items: list[Item]
-) -> None:
     seen: list[SamplingSettings] = []
 
-    def sample(step: int, requests: Sequence[Request], sampling: SamplingSettings) -> list[Graded]:
-        seen.append(sampling)
-        empty = np.array([2, 3], dtype=np.int32), np.array([-1.0, -1.0], dtype=np.float32)
-        return [
-            Graded(
-                Rollout(r.item.id, n, r.permutations[0], "", *empty, "length", 9),
-                Outcome("wrong", 0, "x", (0, 1), False),
-                0.0,
-            )
-            for r in requests
-            for n in r.samples
-        ]
+    class Listening(rollouts_of):
+        def sample(self, step: int, requests: Any, sampling: SamplingSettings) -> Any:
+            seen.append(sampling)
+            return super().sample(step, requests, sampling)
 
-    rl(load_policy(trainable=True), train_items, sample=sample, steps=1, temperature=1.3)
-    assert seen == [SamplingSettings(temperature=1.3, top_p=1.0, max_new_tokens=8)]
+    measured = SamplingSettings(temperature=0.7, top_p=0.9, max_new_tokens=6, stop=("</x>",))
+    options = {"rollout": measured, "steps": 1, "temperature": 1.3}
+    listening = Listening(policy, images, seed=0, store={}, score=lambda item, entry: entry.rollout.sample % 2)
+    log = rl(policy, train_items, rollouts=listening, **options)
+    assert seen == [SamplingSettings(temperature=1.3, top_p=1.0, max_new_tokens=6, stop=("</x>",))]
+    assert log.metrics[1]["rollout_ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    listening.kept.clear()
+    cut = rl(policy, train_items, rollouts=listening, top_p=0.8, **options)
+    assert seen[1].top_p == 0.8
+    # the trainer's distribution is the whole one: each ratio is the mass of the token's nucleus
+    assert 0.8 <= cut.metrics[1]["rollout_ratio_mean"] < 0.95 and cut.metrics[1]["rollout_ratio_max"] < 1.01
+
+
+# -- sampling ahead ------------------------------------------------------------------------------------------------
+
+
+def final(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_a_pipelined_run_equals_one_step_after_the_other(
+    staleness: int, formed: Path, load_policy: Callable[..., Policy], rl: Callable[..., Any], rollouts_of: Any,
+    train_items: list[Item], images: ImageCache, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Bit by bit: against a plain loop that keeps the weights of every step and loads those that were promised."""
+    settings = {
+        "steps": 6, "prompts_per_step": 3, "completions": 4, "micro_batch_size": 5, "learning_rate": 2e-3,
+        "warmup_steps": 1, "dynamic_sampling": 1, "staleness": staleness,
+    }  # fmt: skip
+    ahead = load_policy(path=formed, trainable=True)
+    engine = rollouts_of(ahead, images, seed=0, store={}, apart=load_policy(path=formed), batch_size=4)
+    log = rl(ahead, train_items, rollouts=engine, **settings)
+    assert log.series("staleness_mean") == [min(step - 1, staleness) for step in range(1, 7)]
+    assert engine.synced == [0, 1, 2, 3, 4, 5]
+    assert all(seconds > 0 for seconds in log.series("seconds_syncing")[:-1])  # the last step's weights stay here
+    assert all(rate > 0 for rate in log.series("tokens_per_second"))
+
+    chosen = RlSettings(**settings)
+    policy, sampling_policy = load_policy(path=formed, trainable=True), load_policy(path=formed)
+    rollouts = rollouts_of(policy, images, seed=0, store={}, apart=sampling_policy, batch_size=4)
+    sampling = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=8)
+    sampler = GroupSampler(train_items, chosen, rollouts, sampling, seed=0, position=0)
+    learner, kept = Learner(policy, chosen, PROMPT, images, 8), [final(policy)]
+    trainable = Trainable(policy, ModelSettings(), chosen, chosen.steps, seed=0)
+    for step in range(1, 7):
+        now = final(policy)
+        policy.model.load_state_dict(kept[max(0, step - 1 - staleness)])
+        rollouts.sync(max(0, step - 1 - staleness))
+        policy.model.load_state_dict(now)
+        batch = sampler.draw(step)
+        trainable.begin(step)
+        learner.update(step, batch, trainable)
+        kept.append(final(policy))
+    assert all(torch.equal(tensor, kept[-1][name]) for name, tensor in final(ahead).items())
+    assert not all(torch.equal(tensor, kept[0][name]) for name, tensor in final(ahead).items())
+    for step, batch in engine.kept.items():
+        for one, two in zip(batch, rollouts.kept[step], strict=True):
+            assert one.rollout.logprobs.tobytes() == two.rollout.logprobs.tobytes()
+            assert one.rollout.weights == two.rollout.weights == max(0, step - 1 - staleness)
+
+
+def test_a_skipped_sync_stops_the_run_before_it_trains_on_stale_completions(
+    load_policy: Callable[..., Policy], rl: Callable[..., Any], rollouts_of: Any, train_items: list[Item],
+    images: ImageCache,
+) -> None:  # fmt: skip
+    policy = load_policy(trainable=True)
+
+    class Forgetful(rollouts_of):
+        def sync(self, version: int) -> None:
+            if version != 2:
+                super().sync(version)
+
+    stale = Forgetful(policy, images, seed=0, store={}, apart=load_policy())
+    with pytest.raises(MedbridgeError, match=r"version 1, and version 2 was asked for: .* missed a weight sync"):
+        rl(policy, train_items, rollouts=stale)
+    assert sorted(stale.kept) == [1, 2]
 
 
 def test_the_reward_is_accuracy_plus_form() -> None:
@@ -270,9 +486,13 @@ def test_the_reward_is_accuracy_plus_form() -> None:
         (5, {"kl_coefficient": 0.1, "updates_per_batch": 2}),
         (5, {"model": ModelSettings(lora=LoraSettings(rank=4, dropout=0.1))}),
         (2, {"model": ModelSettings(lora=LoraSettings(rank=4))}),
+        (5, {"dynamic_sampling": 2}),
     ],
-    ids=["before a checkpoint", "behind a checkpoint", "kl, two updates", "adapters", "adapters, no checkpoint"],
-)
+    ids=[
+        "before a checkpoint", "behind a checkpoint", "kl, two updates", "adapters", "adapters, no checkpoint",
+        "groups replaced",
+    ],
+)  # fmt: skip
 def test_a_stage_cut_off_ends_with_the_same_bits(
     kill_at: int, changes: dict[str, Any], formed: Path, load_policy: Callable[..., Policy], rl: Callable[..., Any],
     killed: type[Exception], train_items: list[Item], tmp_path: Path,
@@ -293,10 +513,68 @@ def test_a_stage_cut_off_ends_with_the_same_bits(
     again = rl(resumed, train_items, **options)
     assert again.start == 3 * ((kill_at - 1) // 3)
     assert again.items == {step: ids for step, ids in log.items.items() if step > again.start}
+    assert_same_rollouts(straight, stored)
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name]), name
+
+
+def assert_same_rollouts(straight: dict[int, list[Graded]], stored: dict[int, list[Graded]]) -> None:
+    """The same completions, none of them twice; their order in the store may differ."""
+    assert straight.keys() == stored.keys()
     for step, batch in straight.items():
-        for one, two in zip(batch, stored[step], strict=True):
-            assert one.rollout.text == two.rollout.text
-            assert one.rollout.logprobs.tobytes() == two.rollout.logprobs.tobytes()
+        by_sample = {(entry.rollout.item_id, entry.rollout.sample): entry.rollout for entry in stored[step]}
+        assert len(by_sample) == len(stored[step]) == len(batch)
+        for entry in batch:
+            other = by_sample[entry.rollout.item_id, entry.rollout.sample]
+            assert entry.rollout.text == other.text and entry.rollout.weights == other.weights
+            assert entry.rollout.logprobs.tobytes() == other.logprobs.tobytes()
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_a_pipelined_stage_resumes_wherever_it_is_cut_off(
+    staleness: int, formed: Path, load_policy: Callable[..., Policy], rl: Callable[..., Any], rollouts_of: Any,
+    killed: type[Exception], train_items: list[Item], images: ImageCache, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Killed again and again, each time some portions of completions later; also while weights go to the engine."""
+    settings = {
+        "steps": 6, "checkpoint_every": 2, "dynamic_sampling": 1, "staleness": staleness, "completions": 3,
+        "prompts_per_step": 2,
+    }  # fmt: skip
+
+    class Mortal(rollouts_of):
+        lives = 10**9
+
+        def step_nearer(self) -> None:
+            self.lives -= 1
+            if self.lives < 0:
+                raise killed
+
+        def store(self, step: int, graded: Sequence[Graded]) -> None:
+            self.step_nearer()
+            super().store(step, graded)
+
+        def sync(self, version: int) -> None:
+            self.step_nearer()
+            super().sync(version)
+
+    def attempt(store: dict[int, list[Graded]], folder: Path, lives: int) -> Policy:
+        policy = load_policy(path=formed, trainable=True)
+        engine = Mortal(policy, images, seed=0, store=store, apart=load_policy(path=formed), batch_size=3)
+        engine.lives = lives
+        rl(policy, train_items, rollouts=engine, checkpoints=folder, **settings)
+        return policy
+
+    straight: dict[int, list[Graded]] = {}
+    whole = attempt(straight, tmp_path / "straight", 10**9)
+    stored: dict[int, list[Graded]] = {}
+    for lives in itertools.count(1, 3):
+        try:
+            resumed = attempt(stored, tmp_path / "cut", lives)
+            break
+        except killed:
+            continue
+    assert lives > 7  # it was killed a few times
+    assert_same_rollouts(straight, stored)
     for name, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, whole.model.state_dict()[name]), name
 
