@@ -117,7 +117,7 @@ gate: {{min_items: 4, replicates: 200}}
 """
     )
     done = subprocess.run(
-        [sys.executable, "-m", "medbridge", "diagnose", str(config), "--run", str(tmp_path / "run")],
+        [sys.executable, "-m", "medbridge.cli", "diagnose", str(config), "--run", str(tmp_path / "run")],
         capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
