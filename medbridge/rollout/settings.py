@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from medbridge.rollout.engine import SamplingSettings
 
+CPU_BLOCK = 32
+"""Tokens of a block of vLLM's prefix cache on a CPU. Prompts share whole blocks, and its own 128 is long."""
+
 EngineName = Literal["auto", "vllm", "vllm-server", "transformers"]
 
 

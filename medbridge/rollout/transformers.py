@@ -22,6 +22,7 @@ from medbridge.data.prompts import PromptSettings
 from medbridge.errors import MedbridgeError
 from medbridge.model.policy import EncodedPrompt, Policy, merge_vision
 from medbridge.rollout.engine import GREEDY, EngineStats, Request, Rollout, SamplingSettings
+from medbridge.rollout.room import prompt_length
 from medbridge.rollout.sampling import cut_at_stop, draw, tokens_to_stop, uniforms
 
 if TYPE_CHECKING:
@@ -89,7 +90,10 @@ class TransformersEngine:
         self, requests: Sequence[Request], sampling: SamplingSettings, *, seed: int
     ) -> Iterator[list[Rollout]]:
         for request in requests:
-            self._refuse_long(request)
+            prompt_length(
+                request, self.policy, self.prompts, self.images, self.policy.context, who=repr(self.policy.path),
+                cure="Give smaller images, or leave the item out.",
+            )  # fmt: skip
         batch: list[Request] = []
         rows = 0
         for request in requests:
@@ -100,18 +104,6 @@ class TransformersEngine:
             rows += len(request.samples)
         if batch:
             yield self._generate(batch, sampling, seed)
-
-    def _refuse_long(self, request: Request) -> None:
-        context = self.policy.context
-        for order in dict.fromkeys(request.permutations):
-            length = self.policy.length(request.item, order, self.prompts, self.images)
-            if length >= context:
-                raise MedbridgeError(
-                    f"item {request.item.id!r}: its prompt has {length} tokens, and {self.policy.path!r} takes "
-                    f"{context} with the answer. Give smaller images, or leave the item out. Nothing was sampled yet."
-                )
-            if length < context - context // 8:  # other orders of the same options differ by a few tokens at most
-                break
 
     @torch.inference_mode()
     def _generate(self, requests: Sequence[Request], sampling: SamplingSettings, seed: int) -> list[Rollout]:

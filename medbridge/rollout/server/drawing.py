@@ -12,6 +12,7 @@ from medbridge.data.prompts import PromptSettings
 from medbridge.errors import MedbridgeError
 from medbridge.model.prompter import Prompter
 from medbridge.rollout.engine import Request, Rollout, SamplingSettings
+from medbridge.rollout.room import prompt_length
 from medbridge.rollout.server.checks import Counters, read_counters
 from medbridge.rollout.server.client import Client, ServerDown, ServerRefusal, ServerSilent
 from medbridge.rollout.server.generation import (
@@ -24,9 +25,6 @@ from medbridge.rollout.server.generation import (
     read_answer,
     sampling_params,
 )
-
-ORDERS_DIFFER = 32
-"""Tokens by which the prompts of an item's option orders may differ in length: a line's end may join a word."""
 
 
 class Prompts:
@@ -50,18 +48,10 @@ class Prompts:
         Raises:
             MedbridgeError: it leaves no room for an answer.
         """
-        orders = dict.fromkeys(request.permutations)
-        length = 0
-        for order in orders:
-            length = max(length, self.prompter.length(request.item, order, self.settings, self.images))
-            if length + ORDERS_DIFFER < self.longest:
-                break
-        if length >= self.longest:
-            raise MedbridgeError(
-                f"item {request.item.id!r}: its prompt has {length} tokens, and the server takes {self.longest} with "
-                "the answer. Give smaller images, leave the item out, or raise rollout.vllm.max_length."
-            )
-        return length
+        return prompt_length(
+            request, self.prompter, self.settings, self.images, self.longest, who="the server",
+            cure="Give smaller images, leave the item out, or raise rollout.vllm.max_length.",
+        )  # fmt: skip
 
     def bodies(self, request: Request, length: int, sampling: SamplingSettings, seed: int, group: int) -> list[Any]:
         """(part, body) for each prompt of a request, with `group` samples at most."""

@@ -21,7 +21,7 @@ from medbridge.errors import MedbridgeError
 from medbridge.model.prompter import Prompter
 from medbridge.rollout.engine import GREEDY, Request, Rollout, SamplingSettings
 from medbridge.rollout.sampling import cut_at_stop, tokens_to_stop
-from medbridge.rollout.vllm.engine import sample_seed
+from medbridge.rollout.vllm.draws import sample_seed
 
 PATH = "/inference/v1/generate"
 SEEDS = "medbridge_seeds"

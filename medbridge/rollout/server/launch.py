@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from medbridge.errors import MedbridgeError
-from medbridge.rollout.settings import VllmSettings
+from medbridge.rollout.settings import CPU_BLOCK, VllmSettings
 from medbridge.rollout.vllm.process import last_words, visible_devices
 from medbridge.torchvision_ops import prepare_children
 
@@ -30,9 +30,6 @@ inherited."""
 
 EXTENDED = ("--worker-extension-cls", "medbridge.rollout.server.extension.ServerExtension")
 """With these, and VLLM_SERVER_DEV_MODE=1, a server's weights can be changed; and on a CPU, samples can have seeds."""
-
-CPU_BLOCK = 32
-"""Tokens of a block of the prefix cache on a CPU. Prompts share whole blocks, and vLLM's 128 is long."""
 
 
 def serve_command(model: str, vllm: VllmSettings, *, port: int, dtype: str, seed: int, gpu: bool) -> list[str]:

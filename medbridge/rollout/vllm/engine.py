@@ -1,38 +1,28 @@
 """The rollout engine on vLLM: prompts go to one process of ours that runs it, finished completions come back.
 
-What happens in that process stands in `worker` and `llm`; how it is started and ended, in `process`.
+What happens in that process stands in `worker` and `llm`; how it is started and ended, in `process`; what is asked and
+answered, in `draws`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from medbridge.data.images import ImageCache
-from medbridge.data.items import Permutation
 from medbridge.data.prompts import PromptSettings
 from medbridge.errors import MedbridgeError
 from medbridge.model.policy import Policy
 from medbridge.model.prompter import Prompter
-from medbridge.rollout.engine import (
-    GREEDY,
-    EngineFailure,
-    EngineStats,
-    Phase,
-    Request,
-    Rollout,
-    SamplingSettings,
-)
-from medbridge.rollout.sampling import cut_at_stop, tokens_to_stop
+from medbridge.rollout.engine import EngineFailure, EngineStats, Phase, Request, Rollout, SamplingSettings
+from medbridge.rollout.room import prompt_length
 from medbridge.rollout.settings import FailureSettings, VllmSettings
+from medbridge.rollout.vllm.draws import Draw, Opened, ask, how, read, split
 from medbridge.rollout.vllm.process import Process, visible_devices
 from medbridge.rollout.vllm.transfer import Route, Transfer, choose_route
 from medbridge.rollout.vllm.wire import Message, Patience
@@ -41,33 +31,8 @@ from medbridge.rollout.weights import Weights
 AHEAD = 2
 """Completions that the process holds, in multiples of those that it decodes at a time: none of its rows is to wait."""
 
-ORDERS_DIFFER = 32
-"""Tokens by which the prompts of an item's option orders may differ in length: a line's end may join a word."""
-
 IMAGE_CACHE_BYTES = 1 << 28
 """Decoded images that the process keeps; one item's prompts are sent one after the other."""
-
-
-@dataclass(slots=True)
-class _Draw:
-    """Samples that one prompt answers: those at `positions` of a request."""
-
-    number: int  # of the request
-    positions: list[int]
-    permutation: Permutation
-    seeds: list[int]  # none: the greedy completion
-
-
-@dataclass(slots=True)
-class _Open:
-    """A request whose rollouts are not all there."""
-
-    request: Request
-    length: int
-    rollouts: list[Rollout | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rollouts = [None] * len(self.request.samples)
 
 
 class VllmEngine:
@@ -119,9 +84,11 @@ class VllmEngine:
         self._failure: EngineFailure | None = None
         self._route: Route = "folder"
         self._transfer: Transfer | None = None
-        self._holds_model = True  # whether the weights beneath adapters are those of `model`
+        self._holds_model = True  # as it was started, no weights have come yet
+        self._base: str | None = None  # which weights lie beneath the adapters
         self._longest = prompter.context
-        self._draws = 0
+        self._flying: dict[int, Draw] = {}
+        self._asked = 0
         self._stats = EngineStats()
         self._counters: dict[str, int] = {}
 
@@ -141,7 +108,7 @@ class VllmEngine:
         environment = {**os.environ, **visible_devices(self._devices), "VLLM_NO_USAGE_STATS": "1"}
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # ours is a setting
         self._process = Process(environment, self._log)
-        self._holds_model = True
+        self._holds_model, self._base = True, None
         patience = Patience(self._start_s)
         try:
             self._process.connect("start", patience)
@@ -158,6 +125,7 @@ class VllmEngine:
             self._process = None
         self._transfer = None
         self._failure = None
+        self._flying = {}
 
     def sleep(self) -> None:
         """On a GPU, keep the weights in the host's memory and give the GPU's back."""
@@ -190,10 +158,14 @@ class VllmEngine:
             MedbridgeError: they could not be written, or are not this model's.
         """
         self._require_running()
-        if self._adapter_rank and self._holds_model and weights.policy.path == self.model:
+        if self._adapter_rank and weights.adapted:
+            base = weights.base()
+            if base != self._base and not (self._holds_model and weights.policy.path == self.model):
+                self._load(weights.base_folder(), weights.version, adapter=False)
+            self._holds_model, self._base = False, base
             self._load(weights.adapter_folder(), weights.version, adapter=True)
             return
-        self._holds_model = False
+        self._holds_model, self._base = False, None
         if self._route == "folder":
             self._load(weights.folder(), weights.version, adapter=False)
             return
@@ -232,117 +204,55 @@ class VllmEngine:
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSettings, *, seed: int
     ) -> Iterator[list[Rollout]]:
-        """As `Engine.generate`. Left early, it takes back what is not finished."""
+        """As `Engine.generate`. Left early, or followed by another call, it takes back what is not finished."""
         process = self._require_running()
-        opened = [_Open(request, self._checked_length(request)) for request in requests]
-        waiting = (draw for number, entry in enumerate(opened) for draw in _split(number, entry.request, seed))
-        flying: dict[int, _Draw] = {}
+        for request in requests:
+            prompt_length(
+                request, self.prompter, self.prompts, self.images, self._longest, who="vLLM",
+                cure="Give smaller images, leave the item out, or raise rollout.vllm.max_length (or the room for it: "
+                "gpu_memory, on a CPU kv_cache_gb).",
+            )  # fmt: skip
+        waiting = (draw for request in requests for draw in split(Opened(request), seed))
+        flying = self._flying = {}
         room = AHEAD * self.settings.max_seqs
         patience = Patience(self._stall_s)
         try:
-            process.send(Message("sampling", self._how(sampling)), "sampling", patience)
+            process.send(how(sampling, self.prompter), "sampling", patience)
             following = next(waiting, None)
             while following is not None or flying:
                 while following is not None and room > 0:
-                    flying[self._draws] = following
+                    flying[self._asked] = following
+                    process.send(ask(self._asked, following, self.prompter, self.prompts), "sampling", patience)
+                    self._asked += 1
                     room -= len(following.positions)
-                    self._send(process, following, opened[following.number], sampling, patience)
                     following = next(waiting, None)
-                message = self._await("drawn", "sampling", patience)
-                draw = flying.pop(message["draw"])
+                answer = self._await("drawn", "sampling", patience)
+                draw = flying.pop(answer["draw"])
                 room += len(draw.positions)
-                entry = opened[draw.number]
-                self._read(message, draw, entry, sampling)
-                if None not in entry.rollouts:
-                    finished = [rollout for rollout in entry.rollouts if rollout is not None]
-                    entry.rollouts = [None]  # handed on: nothing of it is needed here any more
-                    patience.renew()
-                    yield finished
+                self._count(read(answer, draw, self.prompter, sampling.stop))
+                rollouts = [rollout for rollout in draw.opened.rollouts if rollout is not None]
+                if len(rollouts) == len(draw.opened.rollouts):
+                    yield rollouts
+                    if self._flying is not flying:
+                        raise RuntimeError("this call was ended by a later one; an engine samples for one at a time")
                     patience.renew()
         except BaseException as error:
-            if isinstance(error, EngineFailure | MedbridgeError):
-                self._give_up(error)
-            elif flying:
-                self._take_back()
+            if self._flying is flying:
+                if isinstance(error, EngineFailure | MedbridgeError):
+                    self._give_up(error)
+                elif flying:
+                    self._take_back()
             raise
 
-    def _checked_length(self, request: Request) -> int:
-        """Tokens of a request's longest prompt, its images expanded.
-
-        Raises:
-            MedbridgeError: it leaves no room for an answer.
-        """
-        length = 0
-        for order in dict.fromkeys(request.permutations):
-            length = max(length, self.prompter.length(request.item, order, self.prompts, self.images))
-            if length + ORDERS_DIFFER < self._longest:
-                break
-        if length >= self._longest:
-            raise MedbridgeError(
-                f"item {request.item.id!r}: its prompt has {length} tokens, and vLLM takes {self._longest} with the "
-                "answer. Give smaller images, leave the item out, or raise rollout.vllm.max_length (or the room for "
-                "it: gpu_memory, on a CPU kv_cache_gb). Nothing was sampled yet."
-            )
-        return length
-
-    def _how(self, sampling: SamplingSettings) -> dict[str, Any]:
-        return {
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "stop": list(sampling.stop),
-            "stop_ids": self.prompter.stop_ids, "banned": self.prompter.banned,
-        }  # fmt: skip
-
-    def _send(
-        self, process: Process, draw: _Draw, entry: _Open, sampling: SamplingSettings, patience: Patience
-    ) -> None:
-        item = entry.request.item
-        ids = self.prompter.prompt_ids(item, draw.permutation, self.prompts)
-        fields = {
-            "draw": self._draws, "images": item.images, "seeds": draw.seeds,
-            "max_tokens": min(sampling.max_new_tokens, self._longest - entry.length),
-        }  # fmt: skip
-        self._draws += 1
-        process.send(Message("draw", fields, (np.array(ids, np.int32).tobytes(),)), "sampling", patience)
-
-    def _read(self, message: Message, draw: _Draw, entry: _Open, sampling: SamplingSettings) -> None:
-        """Rollouts from a finished draw, into the request that they belong to."""
-        ids = np.frombuffer(message.blobs[0], np.int32)
-        logprobs = np.frombuffer(message.blobs[1], np.float32)
-        item_id = entry.request.item.id
-        if not np.isfinite(logprobs).all():
-            raise MedbridgeError(
-                f"item {item_id!r}: vLLM gives a token that it drew no finite log-probability. The weights hold NaN or "
-                f"infinity, or {self.dtype} is too narrow for them."
-            )
-        at = 0
-        for position, length, reason in zip(draw.positions, message["lengths"], message["reasons"], strict=True):
-            own = slice(at, at + length)
-            at += length
-            rollout = self._rollout(ids[own], logprobs[own], reason, message, draw, sampling, item_id)
-            entry.rollouts[position] = Rollout(**rollout, sample=entry.request.samples[position])
-            self._stats += EngineStats(
-                prompt_tokens=rollout["prompt_tokens"], completion_tokens=len(rollout["token_ids"])
-            )
-
-    def _rollout(
-        self, ids: np.ndarray, logprobs: np.ndarray, reason: str, message: Message, draw: _Draw,
-        sampling: SamplingSettings, item_id: str,
-    ) -> dict[str, Any]:  # fmt: skip
-        if reason not in ("stop", "length"):
-            raise EngineFailure("sampling", "died", f"vLLM gave up a completion of item {item_id!r} ({reason})")
-        closed = bool(len(ids)) and int(ids[-1]) in self.prompter.stop_ids
-        said = ids[: len(ids) - closed].tolist()
-        end = tokens_to_stop(said, sampling.stop, self.prompter.decode) if sampling.stop else None
-        if end is not None:  # the same token ends it on every engine
-            ids, logprobs, said, reason = ids[:end], logprobs[:end], said[:end], "stop"
-        return {
-            "item_id": item_id, "permutation": draw.permutation,
-            "text": cut_at_stop(self.prompter.decode(said), sampling.stop),
-            "token_ids": ids.copy(), "logprobs": logprobs.copy(), "finish_reason": reason,
-            "prompt_tokens": message["prompt_tokens"], "images": message["images"], "weights": message["version"],
-        }  # fmt: skip
+    def _count(self, rollouts: Sequence[Rollout]) -> None:
+        self._stats += EngineStats(
+            prompt_tokens=sum(rollout.prompt_tokens for rollout in rollouts),
+            completion_tokens=sum(len(rollout.token_ids) for rollout in rollouts),
+        )
 
     def _take_back(self) -> None:
         """Have the process forget what it was sampling, so that the next call finds it idle."""
+        self._flying = {}
         with contextlib.suppress(EngineFailure, MedbridgeError):  # the next call tells of it
             self._do(Message("drop"), "dropped", "sampling")
 
@@ -352,6 +262,8 @@ class VllmEngine:
         if self._failure is not None:
             raise self._failure
         self.start()
+        if self._flying:
+            self._take_back()
         assert self._process is not None
         return self._process
 
@@ -390,8 +302,8 @@ class VllmEngine:
         assert self._process is not None
         if message["kind"] == "refused" and message["phase"] == "start":
             return MedbridgeError(
-                f"vLLM can't run model {self.model!r} as it is set up: {message['detail']}\nChange model.path or "
-                "rollout.vllm, or set rollout.engine to transformers."
+                f"vLLM can't run model {self.model!r} as it is set up: {message['detail']}\nMend that, change "
+                "model.path or rollout.vllm, or set rollout.engine to transformers."
             )
         if message["kind"] == "refused":
             return MedbridgeError(message["detail"])
@@ -411,22 +323,3 @@ class VllmEngine:
         """Counters begin at 0 with each process."""
         self._stats += EngineStats(**self._counters)
         self._counters = {}
-
-
-def _split(number: int, request: Request, seed: int) -> Iterator[_Draw]:
-    """One draw for each option order, the greedy sample by itself."""
-    groups: dict[tuple[bool, Permutation], list[int]] = {}
-    for position, (sample, order) in enumerate(zip(request.samples, request.permutations, strict=True)):
-        groups.setdefault((sample == GREEDY, order), []).append(position)
-    for (greedy, order), positions in groups.items():
-        if greedy:
-            yield from (_Draw(number, [position], order, []) for position in positions)
-        else:
-            seeds = [sample_seed(seed, request.item.id, request.samples[position]) for position in positions]
-            yield _Draw(number, positions, order, seeds)
-
-
-def sample_seed(seed: int, item_id: str, sample: int) -> int:
-    """Seed of one sample's draw, that the run's seed, the item and the sample's index decide."""
-    digest = hashlib.blake2b(f"{seed}|{item_id}|{sample}".encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")

@@ -5,6 +5,7 @@ Imported in the engine's own process only. What arrives from where is `worker`'s
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +22,15 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
+from vllm.v1.metrics.reader import get_metrics_snapshot
 
 from medbridge.data.images import ImageCache
+from medbridge.rollout.settings import CPU_BLOCK
 from medbridge.rollout.vllm import weights as weight_sync
 from medbridge.rollout.vllm.seeds import SEEDS, allow_seeds_on_cpu, give_samples_their_seeds
 
 BAN = -100.0
 """Bias of a token that must not be sampled; vLLM takes no stronger one."""
-
-CPU_BLOCK = 32
-"""Tokens of a block of the prefix cache on a CPU. Prompts share whole blocks, and vLLM's 128 is long."""
 
 SLEEP_LEVEL = 1
 """Weights are kept in the host's memory while vLLM sleeps. Level 2 drops them, and then an engine that is woken up
@@ -48,6 +48,7 @@ class Sampling:
 
     temperature: float
     top_p: float
+    max_tokens: int
     stop: list[str]
     stop_ids: list[int]
     banned: list[int]
@@ -82,6 +83,11 @@ class Llm:
             config, Executor.get_class(config), log_stats=True, usage_context=UsageContext.LLM_CLASS,
             multiprocess_mode=not on_cpu,
         )  # fmt: skip
+        # The caches' counters are kept all the same; the timings of each single completion, a tenth of all the work
+        # with a tiny model, are not.
+        self._engine.log_stats = self._engine.output_processor.log_stats = False
+        gc.collect()
+        gc.freeze()  # what is there now stays, and need not be looked through again and again
         self._images = ImageCache(int(wanted["image_cache_bytes"]))
         self._image_token: int | None = wanted["image_token"]
         self._adapter: LoRARequest | None = None
@@ -95,9 +101,7 @@ class Llm:
 
     # -- sampling ------------------------------------------------------------------------------------------
 
-    def add(
-        self, draw: int, prompt_ids: list[int], images: Sequence[str], seeds: list[int], max_tokens: int, how: Sampling
-    ) -> None:
+    def add(self, draw: int, prompt_ids: list[int], images: Sequence[str], seeds: list[int], how: Sampling) -> None:
         """Have completions of a prompt drawn, one for each seed; no seed: one greedy completion.
 
         Args:
@@ -115,7 +119,7 @@ class Llm:
             "extra_args": {SEEDS: seeds},
         } if seeds else {"temperature": 0.0}  # fmt: skip
         params = SamplingParams(
-            **drawn, max_tokens=max_tokens, stop=how.stop, stop_token_ids=how.stop_ids, ignore_eos=True,
+            **drawn, max_tokens=how.max_tokens, stop=how.stop, stop_token_ids=how.stop_ids, ignore_eos=True,
             logit_bias=dict.fromkeys(how.banned, BAN), logprobs=0, flat_logprobs=True, detokenize=bool(how.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
@@ -187,7 +191,7 @@ class Llm:
         """Hits and queries of its caches since it was made, named as in `EngineStats`."""
         found = {
             COUNTERS[metric.name]: int(getattr(metric, "value", 0))
-            for metric in self._engine.get_metrics()
+            for metric in get_metrics_snapshot()
             if metric.name in COUNTERS
         }
         return dict.fromkeys(COUNTERS.values(), 0) | found

@@ -89,6 +89,8 @@ class Process:
                     raise self.died(phase) from None
                 if not patience.look():
                     raise _hung(phase, patience) from None
+        if self.log.parent != self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)  # the socket has served; nothing is left if we are killed
 
     def send(self, message: Message, phase: Phase, patience: Patience) -> None:
         """Raises EngineFailure where the process is gone or takes nothing for too long."""

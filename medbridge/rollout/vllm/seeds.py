@@ -28,7 +28,7 @@ class SeededRequest(ParentRequest):
         if seeds is None:
             return super()._get_child_sampling_params(index)
         params = copy(self.sampling_params)
-        params.n, params.seed = 1, seeds[index]
+        params.n, params.seed, params.extra_args = 1, seeds[index], None
         return params
 
 

@@ -21,12 +21,16 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from medbridge.errors import MedbridgeError
+from medbridge.rollout.engine import Phase
 from medbridge.rollout.vllm.process import says_no_memory
 from medbridge.rollout.vllm.wire import Message, Wire, WireClosed, WireError
 from medbridge.torchvision_ops import declare, prepare_children
 
 if TYPE_CHECKING:
     from medbridge.rollout.vllm.llm import Drawn, Llm, Sampling
+
+PHASES: dict[str, Phase] = {"weights": "weights", "transfer": "weights", "sleep": "sleep"}
+"""What a message has it do, where that is not sampling."""
 
 BEAT_S = 0.2
 """Least time between two signs of life."""
@@ -49,7 +53,7 @@ class Worker:
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
 
     def run(self) -> NoReturn:
-        phase = "start"
+        phase: Phase = "start"
         try:
             first = self._inbox.get()
             llm = self._start(first)
@@ -58,7 +62,7 @@ class Worker:
                 phase = "sampling"
                 message = self._next()
                 if message is not None:
-                    phase = message.kind if message.kind in ("weights", "sleep") else phase
+                    phase = PHASES.get(message.kind, phase)
                     self._handle(llm, message)
                 else:
                     for drawn in llm.step():
@@ -97,7 +101,7 @@ class Worker:
             assert self._sampling is not None
             ids = np.frombuffer(message.blobs[0], np.int32).tolist()
             self._draws.add(message["draw"])
-            llm.add(message["draw"], ids, message["images"], message["seeds"], message["max_tokens"], self._sampling)
+            llm.add(message["draw"], ids, message["images"], message["seeds"], self._sampling)
         elif message.kind == "drop":
             llm.drop(sorted(self._draws))
             self._draws.clear()
@@ -108,13 +112,12 @@ class Worker:
             self._say("loaded")
         elif message.kind == "transfer":
             llm.transfer(message["step"], message["info"])
-            self._version = message["version"]
+            if message["step"] == "finish":
+                self._version = message["version"]
             self._say("loaded")
         elif message.kind == "sleep":
             llm.sleep()
             self._say("asleep")
-        elif message.kind == "close":
-            end_group()
         else:
             raise RuntimeError(f"unknown message {message.kind!r}")
 

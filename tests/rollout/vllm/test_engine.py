@@ -18,7 +18,7 @@ import torch
 from medbridge.data import PromptSettings, permutation
 from medbridge.errors import MedbridgeError
 from medbridge.rollout import GREEDY, EngineFailure, FailureSettings, Request, SamplingSettings, TransformersEngine
-from medbridge.rollout.vllm.engine import VllmEngine, sample_seed
+from medbridge.rollout.vllm.engine import VllmEngine
 from medbridge.rollout.weights import Weights
 
 if TYPE_CHECKING:
@@ -148,12 +148,6 @@ def test_a_draw_repeats_alone_and_in_a_crowd(engine: VllmEngine, train_items: li
     assert all(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(alone, other, strict=True))
 
 
-def test_samples_have_seeds_of_their_own() -> None:
-    seeds = {sample_seed(seed, item, sample) for seed in (0, 1) for item in ("a", "b|0") for sample in range(50)}
-    assert len(seeds) == 200
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
 def test_stop_texts_end_a_completion_as_on_our_own_engine(
     engine: VllmEngine, ours: TransformersEngine, train_items: list[Item]
 ) -> None:
@@ -253,6 +247,12 @@ def test_a_call_that_is_left_early_leaves_nothing_behind(engine: VllmEngine, tra
     wanted = [request(train_items[0], range(4))]
     assert_same(drawn(engine, wanted), drawn(engine, wanted))
     assert engine.stats().completion_tokens - before.completion_tokens <= 2 * 4 * 12
+    kept = engine.generate(requests, sampling, seed=0)
+    next(kept)
+    assert_same(drawn(engine, wanted), drawn(engine, wanted))
+    with pytest.raises(RuntimeError, match="ended by a later one"):
+        next(kept)
+    assert len(drawn(engine, wanted)) == 4
 
 
 def test_prompt_and_image_are_computed_once(engine: VllmEngine, train_items: list[Item]) -> None:
