@@ -7,6 +7,7 @@ of its rows, and then a random moment longer, so that it falls anywhere within a
 from __future__ import annotations
 
 import random
+import re
 import sqlite3
 import time
 from collections.abc import Callable
@@ -19,7 +20,10 @@ import yaml
 
 from medbridge.ledger import Ledger
 
-TABLES = ("items", "stages", "rollouts", "outcomes", "tallies", "verdicts", "batches", "metrics")
+TABLES = ("items", "stages", "rollouts", "outcomes", "tallies", "verdicts", "batches")
+TIMES = re.compile(r"seconds|_per_second$|^loss_share|_hit_rate$")
+"""Metrics and totals that depend on when a process was killed; a step that was sampled before has no sampling speed."""
+
 STAGES = ["format", "diagnose", "bridge", "diagnose", "sharpen", "diagnose", "evaluate", "evaluate"]
 KILLED = [1, 2, 3, 3, 4, 5, 5, 6, 7, 8]
 """Stage that each kill falls into, by its number: all of them, and the two that train twice."""
@@ -60,13 +64,9 @@ def state(folder: Path) -> dict[str, Any]:
         found[f"{key} tallies"] = ledger.tallies(stage.stage_id)
         found[f"{key} trained"] = ledger.trained_items(stage.stage_id)
         found[f"{key} metrics"] = {
-            name: values
-            for name, values in ledger.metrics(stage.stage_id).items()
-            if name != "tokens_per_second" and not name.startswith("seconds_")
+            name: values for name, values in ledger.metrics(stage.stage_id).items() if not TIMES.search(name)
         }
-        found[f"{key} summary"] = {
-            k: v for k, v in stage.summary.items() if k != "seconds" and not k.startswith("loss_share")
-        }
+        found[f"{key} summary"] = {k: v for k, v in stage.summary.items() if not TIMES.search(k)}
         found[f"{key} rollouts"] = [
             (
                 entry.rollout.item_id, entry.rollout.sample, entry.rollout.permutation, entry.rollout.text,
