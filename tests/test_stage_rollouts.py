@@ -59,8 +59,8 @@ def make(
         engine = Pool(engines, FailureSettings(), print) if members > 1 else engines[0]
         rollouts = StageRollouts(
             ledger.path, stage, engine, policy, settings,
-            grade=lambda rollout: Graded(rollout, Outcome("wrong", None, None, None, False), 0.25), probes=train_items[:3], images=images,
-            scratch=tmp_path / "weights", seed=5,
+            grade=lambda rollout: Graded(rollout, Outcome("wrong", None, None, None, False), 0.25),
+            probes=train_items[:3], images=images, scratch=tmp_path / "weights", seed=5,
         )  # fmt: skip
         return rollouts, engines, policy
 
