@@ -350,7 +350,7 @@ class Run(RunFolder):
             train_sft(
                 policy, examples, replay, settings, model=self.settings.model, prompts=self.settings.data.prompt,
                 images=self.images, seed=self._seed(stage), checkpoints=self._checkpoints(stage),
-                on_start=on_start, on_step=on_step,
+                on_start=on_start, on_step=on_step, say=self.reporter.say,
             )  # fmt: skip
         return self._finish_training(stage, policy, {**summary, "items": len(examples)})
 
@@ -413,6 +413,7 @@ class Run(RunFolder):
                 images=self.images, rollout=self.settings.rollout, seed=seed, checkpoints=self._checkpoints(stage),
                 on_start=on_start,
                 on_step=lambda step, metrics, ids: on_step(step, metrics | rollouts.take_metrics(), ids),
+                say=self.reporter.say,
             )  # fmt: skip
         shares = self._loss_shares(stage)
         if shares:

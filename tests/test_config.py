@@ -48,8 +48,8 @@ def test_a_key_with_nothing_alike_offers_no_guess() -> None:
 
 
 def test_a_wrong_choice_lists_the_choices() -> None:
-    message = error_of(DATA + "\nsft:\n  schedule: linear\n")
-    assert message == "run.yaml:6: sft.schedule is 'linear'; valid are: 'constant' or 'cosine'."
+    message = error_of(DATA + "\nsft:\n  schedule: step\n")
+    assert message == "run.yaml:6: sft.schedule is 'step'; valid are: 'constant', 'cosine' or 'linear'."
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_every_key_is_documented() -> None:
     dumped = yaml.safe_load(dump_config(parse_config(DATA + "model: {lora: {}}\n", source="x")))
     assert set(keys) == {re.sub(r"\.\d+", "[]", key) for key in _keys_of(dumped)}
     by_key = {key: (kind, default) for key, kind, default, _ in rows}
-    assert by_key["sft.schedule"] == ("constant | cosine", "'cosine'")
+    assert by_key["sft.schedule"] == ("constant | cosine | linear", "'cosine'")
     assert by_key["rl.learning_rate"] == ("float", "5e-07")
     assert by_key["budget.minutes"] == ("float | null", "None")
     assert by_key["data.sources[].kind"][1] == "required"

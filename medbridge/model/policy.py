@@ -26,7 +26,9 @@ from medbridge.data.images import ImageCache
 from medbridge.data.items import Item, Permutation
 from medbridge.data.prompts import PromptSettings
 from medbridge.errors import MedbridgeError
+from medbridge.model.attention import packed_arguments, use_packed_attention
 from medbridge.model.initialise import FromNothing, replace_folder
+from medbridge.model.packing import PackedBatch, merge_vision, pack, plan
 from medbridge.model.prompter import Prompter
 
 BANNED_LOGIT = -1e9
@@ -40,6 +42,10 @@ class LoraSettings(BaseModel):
 
     rank: int = Field(16, ge=1, description="Rank of the adapters.")
     alpha: float = Field(32, gt=0, description="Scale numerator: updates are scaled by alpha / rank.")
+    rank_stabilised: bool = Field(
+        False,
+        description="Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732), so that larger ranks keep learning.",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input during training.")
     targets: str | list[str] = Field(
         r"^(?!.*visual|.*vision).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$",
@@ -397,6 +403,46 @@ class Policy(Prompter):
             ).last_hidden_state  # fmt: skip
             return hidden[batch.rows, batch.columns]
 
+    def plan(
+        self, prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[int]], *, tokens: int, most: int | None
+    ) -> list[list[int]]:
+        """Share completions out to micro-batches of at most `tokens`, images at their cost, and of at most `most`.
+
+        Returns their numbers, a list for each micro-batch in the order that `pack` wants; see `packing.plan`.
+        """
+        costs = [self.image_tokens(prompt) for prompt in prompts]
+        return plan(prompts, completions, tokens=tokens, most=most, image_tokens=costs)
+
+    def pack(self, prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[int]]) -> PackedBatch:
+        """One row without padding on the model's device; neighbours with the same prompt object share it."""
+        bidirectional = self._type_key == "token_type_ids"
+        return pack(prompts, completions, self.device, bidirectional_images=bidirectional)
+
+    def packed_hidden(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [N, width] that predict `batch.labels`, before the output layer."""
+        use_packed_attention(self.model)
+        with self.autocast():
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids, position_ids=self.positions_argument(batch.positions), use_cache=False,
+                **packed_arguments(batch.layout, self.device), **self.type_argument(batch.type_ids), **batch.vision,
+            ).last_hidden_state  # fmt: skip
+            # index_select, for its backward adds up in one order, where a prompt's last token has several completions
+            return hidden[0].index_select(0, batch.columns)
+
+    def image_tokens(self, prompt: EncodedPrompt) -> float:
+        """What a prompt's images cost in the vision tower, as text tokens of the same activation memory.
+
+        A patch (before patches are merged to tokens) counts as layers x width of the tower over the text model's.
+        """
+        pixels = prompt.vision.get("pixel_values")
+        if pixels is None:
+            return 0.0
+        vision, text = self.model.config.vision_config, self.model.config.get_text_config()
+        depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL's hidden_size is the text's
+        patches = len(pixels) if pixels.ndim == 2 else len(pixels) * (vision.image_size // vision.patch_size) ** 2
+        return float(patches * depth * width / (text.num_hidden_layers * text.hidden_size))
+
     def completion_logits(self, batch: CompletionBatch) -> Tensor:
         """Logits [N, vocabulary] that predict `batch.labels`; banned tokens hold `BANNED_LOGIT`.
 
@@ -423,15 +469,6 @@ class Policy(Prompter):
             banned = torch.tensor(self.banned, device=logits.device)
             logits = logits.index_fill(-1, banned, BANNED_LOGIT)
         return logits
-
-
-def merge_vision(prompts: Sequence[EncodedPrompt], device: torch.device) -> dict[str, Tensor]:
-    """Image tensors of several prompts, one after the other, as the models take them."""
-    keys = {key for prompt in prompts for key in prompt.vision}
-    return {
-        key: torch.cat([prompt.vision[key] for prompt in prompts if key in prompt.vision]).to(device)
-        for key in sorted(keys)
-    }
 
 
 def _declare_dtype(path: Path, dtype: str) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from medbridge.data.images import ImageCache
 from medbridge.data.prompts import PromptSettings
-from medbridge.model.policy import CompletionBatch, EncodedPrompt, Policy
+from medbridge.model.packing import PackedBatch
+from medbridge.model.policy import EncodedPrompt, Policy
 from medbridge.rollout.engine import Rollout
 from medbridge.train.groups import Batch, describe, is_truncated
 from medbridge.train.optimization import Trainable
@@ -35,10 +36,6 @@ class _Row:
     advantage: float
     moves: bool
     old_logprobs: torch.Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.ids) + len(self.rollout.token_ids)
 
 
 class Learner:
@@ -99,7 +96,7 @@ class Learner:
         for part, batch in self._micro_batches(moved):
             known = [row.old_logprobs for row in part if row.old_logprobs is not None]  # of all rows, or of none
             loss, _ = self.loss.backward(
-                self.policy.completion_hidden(batch),
+                self.policy.packed_hidden(batch),
                 batch.labels,
                 sequence_ids=batch.sequence_ids,
                 advantages=torch.tensor([row.advantage for row in part], device=self.policy.device),
@@ -111,16 +108,15 @@ class Learner:
                 normalizer=normalizer,
             )
             total += float(loss)
-        return {"loss": total, **trainable.step(step)}
+        return {"loss": total, **trainable.step(step, total)}
 
-    def _micro_batches(self, rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], CompletionBatch]]:
-        alike = sorted(rows, key=lambda row: row.length)  # side by side: less padding
-        for at in range(0, len(alike), self.settings.micro_batch_size):
-            part = alike[at : at + self.settings.micro_batch_size]
-            yield (
-                part,
-                self.policy.collate([row.prompt for row in part], [row.rollout.token_ids.tolist() for row in part]),
-            )
+    def _micro_batches(self, rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], PackedBatch]]:
+        """Packed rows within the budget: completions of a group share their prompt and its images."""
+        prompts, completions = [row.prompt for row in rows], [row.rollout.token_ids.tolist() for row in rows]
+        tokens, most = self.settings.micro_batch_tokens, self.settings.micro_batch_size
+        for part in self.policy.plan(prompts, completions, tokens=tokens, most=most):
+            packed = self.policy.pack([prompts[at] for at in part], [completions[at] for at in part])
+            yield [rows[at] for at in part], packed
 
     def _normalizer(self, lengths: Sequence[int]) -> float:
         counts = {
@@ -136,17 +132,17 @@ class Learner:
         training = self.policy.model.training
         self.policy.model.eval()  # without dropout
         for part, batch in self._micro_batches(rows):
-            logprobs = self.loss.logprobs(self.policy.completion_hidden(batch), batch.labels)
+            logprobs = self.loss.logprobs(self.policy.packed_hidden(batch), batch.labels)
             for row, own in zip(part, logprobs.split([len(row.rollout.token_ids) for row in part]), strict=True):
                 row.old_logprobs = own
         self.policy.model.train(training)
 
     @torch.no_grad()
-    def _reference_logprobs(self, batch: CompletionBatch) -> torch.Tensor | None:
+    def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor | None:
         if self.reference is None:
             return None
         current, self.policy.model = self.policy.model, self.reference
         try:
-            return self.loss.logprobs(self.policy.completion_hidden(batch), batch.labels)
+            return self.loss.logprobs(self.policy.packed_hidden(batch), batch.labels)
         finally:
             self.policy.model = current

@@ -1,25 +1,28 @@
-"""What both stages stand on: trainable parameters, AdamW with its schedule, exact checkpoints, data order."""
+"""What both stages stand on: the parameters under training with AdamW, schedule and exact checkpoints; data order."""
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from medbridge.errors import MedbridgeError
 from medbridge.model.policy import ModelSettings, Policy
+from medbridge.train.checkpoints import Checkpoint, Checkpoints, checkpoints
+from medbridge.train.ema import Ema
+from medbridge.train.generators import generator_states, restore_generators, seed_generators
+from medbridge.train.parameters import add_adapters, make_optimizer, trained_parameters
+from medbridge.train.schedule import ScheduleName, rate_factor
+
+__all__ = ["OptimizerSettings", "Shuffle", "Trainable", "checkpoints"]
 
 
 class OptimizerSettings(BaseModel):
@@ -28,85 +31,135 @@ class OptimizerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "cosine"] = Field(
-        "cosine", description="Learning rate after the warm-up: constant, or a cosine down to a tenth."
+    vision_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of the vision tower; null is the same."
+    )
+    schedule: ScheduleName = Field(
+        "cosine",
+        description="Learning rate after the warm-up: constant, or down to a tenth along half a cosine or a line.",
     )
     warmup_steps: int = Field(10, ge=0, description="Steps over which the learning rate rises from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="AdamW with float32 states, or with 8-bit ones at a quarter of the memory (bitsandbytes, GPU).",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay; of matrices only.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient average.")
     beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's decay of the squared-gradient average.")
     max_gradient_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    max_skipped_steps: int = Field(
+        3,
+        ge=1,
+        description="An update whose loss or gradient is not finite is skipped; so many in a row stop the run.",
+    )
     checkpoint_every: int = Field(
         50, ge=1, description="Steps between checkpoints: what a killed stage has to train again at most."
+    )
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Newest checkpoints kept. With 1 there is none to fall back to when its file is damaged."
     )
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of optimizer step `step` (counted from 1) of `steps`."""
-        if step <= self.warmup_steps:
-            return self.learning_rate * step / (self.warmup_steps + 1)
-        if self.schedule == "constant":
-            return self.learning_rate
-        done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
-        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return self.learning_rate * self.factor(step, steps)
+
+    def factor(self, step: int, steps: int) -> float:
+        """That rate as a share of the peak: the same for every group of parameters."""
+        return rate_factor(self.schedule, step, steps, self.warmup_steps)
 
 
 class Trainable:
-    """The parameters under training with their optimizer, schedule and checkpoints; `finish` merges adapters."""
+    """The parameters under training with their optimizer, schedule and checkpoints; `finish` merges adapters.
+
+    Attributes:
+        parameters: what is trained, by name in the model.
+        extra: what the caller saved with the checkpoint that `restore` loaded; empty without one.
+        average: the moving average of the parameters, once `keep_average` was called.
+    """
 
     def __init__(
-        self, policy: Policy, model: ModelSettings, settings: OptimizerSettings, steps: int, *, seed: int
+        self,
+        policy: Policy,
+        model: ModelSettings,
+        settings: OptimizerSettings,
+        steps: int,
+        *,
+        seed: int,
+        say: Callable[[str], None] = warnings.warn,
     ) -> None:
+        """`say` is told of skipped steps and of damaged checkpoints."""
         self.policy = policy
         self.settings = settings
         self.steps = steps
         self.seed = seed
-        self._adapted: Any = None
-        network: nn.Module = policy.model
-        if model.lora is not None:
-            from peft import LoraConfig, get_peft_model
-
-            lora = LoraConfig(
-                r=model.lora.rank, lora_alpha=model.lora.alpha, lora_dropout=model.lora.dropout,
-                target_modules=model.lora.targets,
-            )  # fmt: skip
-            torch.manual_seed(seed)  # a stage that begins again begins with the same adapters
-            try:
-                self._adapted = get_peft_model(policy.model, lora)
-            except ValueError as error:
-                raise MedbridgeError(f"model.lora.targets fits no module of {policy.path!r}: {error}") from error
-            network = self._adapted
-        if model.freeze_vision:
-            for name, parameter in network.named_parameters():
-                if "visual." in name or "vision_tower." in name:
-                    parameter.requires_grad_(False)
+        self.say = say
+        self.extra: dict[str, Any] = {}
+        self.average: Ema | None = None
+        self._skipped = 0  # in a row
+        self._last_checkpoint: Path | None = None
+        self._adapted = None if model.lora is None else add_adapters(policy, model.lora, seed)
+        network: nn.Module = policy.model if self._adapted is None else self._adapted
+        self.parameters = trained_parameters(network, model)
         if model.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
             policy.model.enable_input_require_grads()
-        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay, fused=policy.device.type == "cuda",
-        )  # fmt: skip
+        self.optimizer = make_optimizer(self.parameters, settings, policy.device)
         policy.model.train()
+
+    def keep_average(self, decay: float) -> Ema:
+        """From now on move an average with each update; before `restore`, which takes up the stored one."""
+        self.average = Ema(self.parameters, decay)
+        return self.average
 
     def begin(self, step: int) -> None:
         """Seed a step's dropout, so that a step taken again after a kill is the same."""
-        torch.manual_seed(self.seed + step)
+        seed_generators(self.seed + step)
 
-    def step(self, step: int) -> dict[str, float]:
-        """Clip, update, clear the gradients. A non-finite gradient stops the stage before it spoils the weights."""
-        rate = self.settings.rate(step, self.steps)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_gradient_norm))
-        if not math.isfinite(norm):
-            raise MedbridgeError(
-                f"step {step}: the gradient norm is {norm}; the weights were left as they were. Start "
-                "another run from this run's last model (--model) with a lower learning rate or model.dtype float32."
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+    def step(self, step: int, loss: float | None = None) -> dict[str, float]:
+        """Clip, update, move the average, clear the gradients; returns the metrics of the update.
+
+        An update whose gradient, or `loss` where it is given, is not finite changes nothing: metric `skipped` is 1.
+
+        Raises:
+            MedbridgeError: the last of `max_skipped_steps` such updates in a row.
+        """
+        factor = self.settings.factor(step, self.steps)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        total = nn.utils.get_total_norm(gradients)
+        norm = float(total)
+        skips = not (math.isfinite(norm) and (loss is None or math.isfinite(loss)))
+        if not skips:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.max_gradient_norm, total)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"gradient_norm": norm, "learning_rate": rate}
+        self._count_skips(step, norm, loss, skips)
+        return {
+            "gradient_norm": norm,
+            "learning_rate": self.settings.learning_rate * factor,
+            "skipped": float(skips),
+        }
+
+    def _count_skips(self, step: int, norm: float, loss: float | None, skips: bool) -> None:
+        if not skips:
+            self._skipped = 0
+            return
+        self._skipped += 1
+        found = f"step {step}: the gradient norm is {norm}" + ("" if loss is None else f" at a loss of {loss}")
+        if self._skipped < self.settings.max_skipped_steps:
+            self.say(
+                f"{found}; the update is skipped ({self._skipped} in a row, {self.settings.max_skipped_steps} stop)"
+            )
+            return
+        last = f"the last whole checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "none was saved"
+        raise MedbridgeError(
+            f"{found}, and {self._skipped} updates in a row were not finite (max_skipped_steps). The weights were "
+            f"left as they were; {last}. Start another run from this run's last model (--model) with a lower learning "
+            "rate or model.dtype float32."
+        )
 
     def finish(self) -> None:
         """Merge adapters into the weights and leave training mode."""
@@ -117,59 +170,87 @@ class Trainable:
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, step: int, extra: dict[str, Any] | None = None) -> None:
-        """Write trainable parameters and optimizer state to `folder/step-N`, then drop all but the last two."""
-        tensors: dict[str, Tensor] = {}
+    def save(self, folder: Path, step: int, extra: dict[str, Any] | None = None, *, score: float | None = None) -> Path:
+        """Write all that the steps after `step` depend on to `folder/step-N`; returns that folder.
+
+        The newest `keep_checkpoints` stay, and the one with the highest `score`. `extra` is the caller's own state, as
+        JSON: `restore` gives it back.
+
+        Raises:
+            MedbridgeError: the disk is full; the older checkpoints are as they were.
+            ValueError: `extra` has a key `step` or `trainer`, which are taken; a score that is not finite.
+        """
+        if extra and {"step", "trainer"} & extra.keys():
+            raise ValueError(f"the keys step and trainer of a checkpoint's state are taken: {sorted(extra)}")
+        moments: dict[str, Tensor] = {}
+        numbers: dict[str, float] = {}
         for name, parameter in self.parameters.items():
-            tensors[f"parameter/{name}"] = parameter.detach().contiguous()
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value.detach().contiguous()
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"step-{step:06d}"
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-            part = Path(temporary) / target.name
-            part.mkdir()
-            save_file(tensors, part / "state.safetensors", metadata={"step": str(step)})
-            (part / "state.json").write_text(json.dumps({"step": step, **(extra or {})}))
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(part, target)
-        for old in checkpoints(folder)[:-2]:
-            shutil.rmtree(old)
+                if isinstance(value, Tensor):
+                    moments[f"{key}/{name}"] = value
+                else:
+                    numbers[f"{key}/{name}"] = value
+        tensors: dict[str, dict[str, Tensor]] = {"weights": dict(self.parameters), "optimizer": moments}
+        if self.average is not None:
+            tensors["average"] = self.average.averages
+        trainer = {
+            "optimizer": self.settings.optimizer,
+            "optimizer_numbers": numbers,
+            "skipped": self._skipped,
+            "generators": generator_states(self.policy.device),
+        }
+        store = Checkpoints(folder, keep=self.settings.keep_checkpoints, say=self.say)
+        self._last_checkpoint = store.save(step, tensors, {**(extra or {}), "trainer": trainer}, score)
+        return self._last_checkpoint
 
     def restore(self, folder: Path) -> int:
-        """Load the latest checkpoint under `folder`; returns its step, or 0 where there is none."""
-        found = checkpoints(folder)
-        if not found:
+        """Load the newest whole checkpoint under `folder`; returns its step, or 0 where there is none.
+
+        Newer ones that are damaged are set aside, and `say` is told of them.
+
+        Raises:
+            MedbridgeError: the checkpoint is of other parameters, of another optimizer, or lacks an average.
+        """
+        found = Checkpoints(folder, keep=self.settings.keep_checkpoints, say=self.say).newest()
+        if found is None:
             return 0
-        path = found[-1] / "state.safetensors"
-        try:
-            with safe_open(path, framework="pt", device=str(self.policy.device)) as stored:
-                names = {name.split("/", 1)[1] for name in stored.keys()}  # noqa: SIM118
-                if names != set(self.parameters):
-                    raise MedbridgeError(
-                        f"{path}: holds other parameters than this stage trains (for example "
-                        f"{sorted(names ^ set(self.parameters))[0]!r}). Set model.lora and model.freeze_vision as "
-                        "they were, or start a new run."
-                    )
-                for key in stored.keys():  # noqa: SIM118
-                    kind, name = key.split("/", 1)
-                    parameter = self.parameters[name]
-                    if kind == "parameter":
-                        with torch.no_grad():
-                            parameter.copy_(stored.get_tensor(key))
-                    else:
-                        self.optimizer.state[parameter][kind] = stored.get_tensor(key)
-                return int(stored.metadata()["step"])
-        except (SafetensorError, OSError, RuntimeError) as error:
+        state = found.state()
+        trainer = state.pop("trainer")
+        self._refuse_others(found, trainer["optimizer"])
+        device = self.policy.device
+        with torch.no_grad():
+            for name, tensor in found.tensors("weights", device):
+                self.parameters[name].copy_(tensor)
+        for key, value in itertools.chain(found.tensors("optimizer", device), trainer["optimizer_numbers"].items()):
+            kind, name = key.split("/", 1)
+            self.optimizer.state[self.parameters[name]][kind] = value
+        if self.average is not None:
+            self.average.load(dict(found.tensors("average", torch.device("cpu"))))
+        self.extra = {key: value for key, value in state.items() if key != "step"}
+        self._skipped = trainer["skipped"]
+        self._last_checkpoint = found.folder
+        restore_generators(trainer["generators"], self.policy.device)
+        return found.step
+
+    def _refuse_others(self, found: Checkpoint, optimizer: str) -> None:
+        """Refuse a checkpoint that was saved under other settings than these, before anything of it is loaded."""
+        own = {(name, tuple(parameter.shape)) for name, parameter in self.parameters.items()}
+        others = own ^ set(found.shapes("weights").items())
+        if others:
             raise MedbridgeError(
-                f"{path}: checkpoint can't be read ({error}). Delete the folder {found[-1].name}: the stage then "
-                "resumes from the checkpoint before it."
-            ) from error
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoint folders, oldest first."""
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+                f"{found.folder}: holds other parameters than this stage trains (for example {min(others)[0]!r}). Set "
+                "model.lora and model.freeze_vision as they were, or start a new run."
+            )
+        if optimizer != self.settings.optimizer:
+            raise MedbridgeError(
+                f"{found.folder}: was saved with optimizer {optimizer}. Set it again, or start a new run."
+            )
+        averaged = bool(found.shapes("average"))
+        if averaged != (self.average is not None):
+            raise MedbridgeError(
+                f"{found.folder}: {'holds a' if averaged else 'lacks the'} moving average of the weights that this "
+                f"stage {'does not keep' if averaged else 'keeps'}. Set what it is for as it was, or start a new run."
+            )
 
 
 class Shuffle:

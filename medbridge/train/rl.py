@@ -1,14 +1,13 @@
 """Sharpening: GRPO on items whose answers the model can already reach.
 
 Each step samples a group of completions per item, rewards them, and moves probability towards those that did
-better than their group. What is simplified so far: rows are padded, a prompt is encoded once per completion in
-training, and one process trains.
+better than their group. What is simplified so far: one process trains.
 """
 
 from __future__ import annotations
 
-import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -24,9 +23,9 @@ from medbridge.rollout.engine import SamplingSettings
 from medbridge.train.groups import GroupSampler, Rollouts
 from medbridge.train.learner import Learner
 from medbridge.train.optimization import OptimizerSettings, Trainable
-from medbridge.train.optimization import checkpoints as checkpoints_in
 from medbridge.train.pipelining import Pipeline
-from medbridge.train.sft import OnStep
+from medbridge.train.schedule import ScheduleName
+from medbridge.train.sft import TOKENS, OnStep
 from medbridge_kernels import LossConfig
 
 
@@ -34,8 +33,8 @@ class RlSettings(OptimizerSettings):
     """How a sharpen stage trains. The defaults are the paper's where it states them (arXiv 2603.01301)."""
 
     learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="Learning rate after the warm-up: constant, or a cosine down to a tenth."
+    schedule: ScheduleName = Field(
+        "constant", description="Learning rate after the warm-up: constant, or a cosine or straight line to a tenth."
     )
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints.")
     steps: int = Field(100, ge=1, description="Optimizer steps of one sharpen stage.")
@@ -59,7 +58,10 @@ class RlSettings(OptimizerSettings):
         description="Completions cut off at max_new_tokens count in their group's baseline and in the step's "
         "normaliser, and give no gradient: what a cut answer would have earned isn't known.",
     )
-    micro_batch_size: int = Field(16, ge=1, description="Completions in memory at once; same gradient.")
+    micro_batch_tokens: int = Field(8192, ge=1, description=TOKENS)
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Completions in memory at once at most, whatever their length; null sets no such limit."
+    )
     updates_per_batch: int = Field(
         1, ge=1, description="Optimizer updates from one batch of rollouts; above 1 the clip takes effect."
     )
@@ -163,11 +165,12 @@ def train_rl(
     checkpoints: Path,
     on_start: Callable[[int], None],
     on_step: OnStep,
+    say: Callable[[str], None] = warnings.warn,
 ) -> None:
     """Train `policy` in place with GRPO; resumes from the latest checkpoint under `checkpoints`.
 
     Of `rollout` the length and the stop texts are read; temperature and nucleus are the settings' own. `on_start` is
-    told the step from which training goes on.
+    told the step from which training goes on, `say` of skipped steps and damaged checkpoints.
 
     Raises:
         MedbridgeError: sampling ahead from weights that are trained meanwhile; rollouts of other weights than promised.
@@ -182,10 +185,11 @@ def train_rl(
         temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=rollout.max_new_tokens, stop=rollout.stop
     )
     learner = Learner(policy, settings, prompts, images, rollout.max_new_tokens)
-    trainable = Trainable(policy, model, settings, settings.steps, seed=seed)
+    trainable = Trainable(policy, model, settings, settings.steps, seed=seed, say=say)
     start = trainable.restore(checkpoints)
     on_start(start)
-    sampler = GroupSampler(items, settings, rollouts, sampling, seed=seed, position=_position(checkpoints))
+    position = int(trainable.extra.get("position", 0))
+    sampler = GroupSampler(items, settings, rollouts, sampling, seed=seed, position=position)
     with Pipeline(sampler, settings, start=start) as pipeline:
         for step in range(start + 1, settings.steps + 1):
             batch = pipeline.take(step)
@@ -199,9 +203,3 @@ def train_rl(
             if step % settings.checkpoint_every == 0 and step < settings.steps:
                 trainable.save(checkpoints, step, {"position": batch.position})
     trainable.finish()
-
-
-def _position(folder: Path) -> int:
-    """How far in the order of the items the latest checkpoint's step had come."""
-    found = checkpoints_in(folder)
-    return int(json.loads((found[-1] / "state.json").read_text())["position"]) if found else 0

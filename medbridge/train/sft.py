@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +12,24 @@ from typing import Literal, Protocol
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.nn import functional as F
 
 from medbridge.data.images import ImageCache
 from medbridge.data.items import Item, Permutation
 from medbridge.data.prompts import PromptSettings
-from medbridge.model.policy import ModelSettings, Policy
+from medbridge.model.policy import BANNED_LOGIT, ModelSettings, OutputLayer, Policy
 from medbridge.train.optimization import OptimizerSettings, Shuffle, Trainable
+from medbridge_kernels import LossConfig, linear_grpo_loss
 
 OnStep = Callable[[int, dict[str, float], list[str]], None]
 """Called after each optimizer step with the step (from 1), its metrics and the ids of its items."""
+
+TOKENS = (
+    "Tokens in memory at once; the gradient is the same. A prompt counts once for all completions that share it, and "
+    "a patch of an image as layers x width of the vision tower over the text model's. A longer row is taken by itself."
+)
+"""Description of `micro_batch_tokens`."""
 
 
 class SftSettings(OptimizerSettings):
@@ -27,7 +37,10 @@ class SftSettings(OptimizerSettings):
 
     steps: int = Field(200, ge=1, description="Optimizer steps of one bridge stage.")
     batch_size: int = Field(32, ge=1, description="Examples a step.")
-    micro_batch_size: int = Field(8, ge=1, description="Examples in memory at once; the gradient is the same.")
+    micro_batch_tokens: int = Field(8192, ge=1, description=TOKENS)
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Examples in memory at once at most, whatever their length; null sets no such limit."
+    )
     source: Literal["auto", "answers", "traces", "rejection"] = Field(
         "auto",
         description="What is imitated: auto (the item's trace where it has one, else the bare answer), answers, "
@@ -71,13 +84,15 @@ def train_sft(
     checkpoints: Path,
     on_start: Callable[[int], None],
     on_step: OnStep,
+    say: Callable[[str], None] = warnings.warn,
 ) -> None:
     """Train `policy` in place; resumes from the latest checkpoint under `checkpoints`.
 
     The loss is the mean cross-entropy (nats) over all completion tokens of the step, however they fall into
-    micro-batches. `on_start` is told the step from which training goes on.
+    micro-batches. `on_start` is told the step from which training goes on, `say` of skipped steps and damaged
+    checkpoints.
     """
-    trainable = Trainable(policy, model, settings, settings.steps, seed=seed)
+    trainable = Trainable(policy, model, settings, settings.steps, seed=seed, say=say)
     start = trainable.restore(checkpoints)
     on_start(start)
     share = settings.replay_share if replay is not None and len(replay) else 0.0
@@ -93,8 +108,8 @@ def train_sft(
             for index, visit in shuffle.take((step - 1) * size, size)
         ]
         trainable.begin(step)
-        loss, tokens = _accumulate(policy, batch, settings.micro_batch_size, prompts, images)
-        metrics = {"loss": loss, **trainable.step(step)}
+        loss, tokens = _accumulate(policy, batch, settings, prompts, images)
+        metrics = {"loss": loss, **trainable.step(step, loss)}
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
         on_step(step, metrics, [example.item.id for example in batch])
         if step % settings.checkpoint_every == 0 and step < settings.steps:
@@ -103,24 +118,52 @@ def train_sft(
 
 
 def _accumulate(
-    policy: Policy, batch: Sequence[Example], micro: int, prompts: PromptSettings, images: ImageCache
+    policy: Policy, batch: Sequence[Example], settings: SftSettings, prompts: PromptSettings, images: ImageCache
 ) -> tuple[float, int]:
     """Accumulate the gradient of a step's mean loss; returns the loss and the number of its tokens."""
-    rows = [
-        (policy.encode(entry.item, [entry.order], prompts, images)[0], policy.completion_ids(entry.completion))
-        for entry in batch
-    ]
-    total = sum(len(completion) for _, completion in rows)
-    rows.sort(key=lambda row: len(row[0].ids) + len(row[1]))  # alike lengths side by side: less padding
+    encoded = [policy.encode(entry.item, [entry.order], prompts, images)[0] for entry in batch]
+    completions = [policy.completion_ids(entry.completion) for entry in batch]
+    total = sum(map(len, completions))
     loss = 0.0
-    for at in range(0, len(rows), micro):
-        part = rows[at : at + micro]
-        collated = policy.collate([prompt for prompt, _ in part], [completion for _, completion in part])
-        logits = policy.completion_logits(collated).float()
-        share = F.cross_entropy(logits, collated.labels, reduction="sum") / total
+    for part in policy.plan(encoded, completions, tokens=settings.micro_batch_tokens, most=settings.micro_batch_size):
+        packed = policy.pack([encoded[at] for at in part], [completions[at] for at in part])
+        share = cross_entropy(policy, policy.packed_hidden(packed), packed.labels) / total
         share.backward()
         loss += float(share.detach())
     return loss, total
+
+
+def cross_entropy(policy: Policy, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy (nats) of labels [N] by the policy's output layer on hidden states [N, width].
+
+    It is CISPO's loss on policy under an advantage of 1, -log p, whose gradient is made chunk by chunk with the logits.
+    These are never held whole, unless only the model knows how to make them (adapters on the output layer). On a GPU
+    it is Liger's fused kernel where that is installed.
+    """
+    layer = policy.output_layer()
+    with policy.autocast():
+        if layer is None:
+            return F.cross_entropy(policy.head(hidden).float(), labels, reduction="sum")
+        if hidden.is_cuda and layer.softcap is None and importlib.util.find_spec("liger_kernel"):
+            return _liger_cross_entropy(hidden, labels, layer)
+        loss, _ = linear_grpo_loss(
+            hidden, token_ids=labels, sequence_ids=torch.zeros_like(labels), advantages=hidden.new_ones(1),
+            config=LossConfig.preset("cispo"), normalizer=1.0, **layer._asdict(),
+        )  # fmt: skip
+        return loss
+
+
+def _liger_cross_entropy(hidden: Tensor, labels: Tensor, layer: OutputLayer) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    bias = layer.bias
+    if layer.banned_ids is not None:  # it knows none: a bias takes them out (which a soft cap would undo)
+        bias = torch.zeros_like(layer.weight[:, 0]) if bias is None else bias
+        bias = bias.index_fill(0, layer.banned_ids, BANNED_LOGIT)
+    loss: Tensor = liger_fused_linear_cross_entropy(
+        hidden, layer.weight, labels, bias=bias, reduction="sum", accum_dtype=torch.float32
+    )
+    return loss
 
 
 def seeded(*parts: object) -> torch.Generator:

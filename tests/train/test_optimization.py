@@ -1,12 +1,18 @@
-"""Data order, learning rate and checkpoints: what makes a resumed stage take the very same steps."""
+"""Data order, learning rates, updates and resuming: what makes a resumed stage take the very same steps."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+import random
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -51,6 +57,23 @@ def test_the_rate_warms_up_and_follows_its_schedule() -> None:
     assert rates[2:] == sorted(rates[2:], reverse=True)
 
 
+def test_a_line_falls_evenly_to_the_same_end() -> None:
+    linear = OptimizerSettings(learning_rate=2.0, schedule="linear", warmup_steps=2)
+    rates = [linear.rate(step, 10) for step in range(1, 11)]
+    assert rates[:2] == [2 / 3, 4 / 3]
+    assert rates[2:] == pytest.approx([2 * (1 - 0.9 * done / 8) for done in range(1, 9)])
+    assert rates[-1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_no_schedule_jumps_where_the_warm_up_ends(schedule: Any) -> None:
+    settings = OptimizerSettings(learning_rate=1.0, schedule=schedule, warmup_steps=50)
+    rates = [settings.rate(step, 500) for step in range(1, 501)]
+    assert max(rates) <= 1.0 and min(rates) > 0
+    assert max(abs(one - two) for one, two in itertools.pairwise(rates)) <= 1 / 50
+    assert [settings.factor(step, 500) for step in (1, 300)] == [settings.rate(step, 500) for step in (1, 300)]
+
+
 def test_a_warm_up_longer_than_the_stage_or_none_at_all() -> None:
     assert all(0 < OptimizerSettings(learning_rate=1.0, warmup_steps=20).rate(step, 5) < 1 for step in range(1, 6))
     assert OptimizerSettings(learning_rate=1.0, warmup_steps=0, schedule="constant").rate(1, 5) == 1.0
@@ -71,20 +94,82 @@ def trainable_of(policy: Policy, model: ModelSettings | None = None, **settings:
     return Trainable(policy, model or ModelSettings(), OptimizerSettings(**settings), steps=10, seed=0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_ends_the_stage_and_leaves_the_weights(
-    value: float, load_policy: Callable[..., Policy]
+def give_gradients(trainable: Trainable, value: float = 1.0) -> None:
+    for parameter in trainable.parameters.values():
+        parameter.grad = torch.full_like(parameter, value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])  # the last is finite, and its norm isn't
+def test_an_update_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_the_stage(
+    value: float, load_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     policy = load_policy(trainable=True)
+    said: list[str] = []
+    trainable = Trainable(policy, ModelSettings(), OptimizerSettings(), steps=10, seed=0, say=said.append)
+    give_gradients(trainable)
+    assert trainable.step(1)["skipped"] == 0.0
     before = weights(policy)
-    trainable = trainable_of(policy)
-    for parameter in trainable.parameters.values():
-        parameter.grad = torch.ones_like(parameter)
+    moments = {name: trainable.optimizer.state[p]["exp_avg"].clone() for name, p in trainable.parameters.items()}
     first = next(iter(trainable.parameters.values()))
-    first.grad = torch.full_like(first, value)
-    with pytest.raises(MedbridgeError, match="step 4: the gradient norm is"):
-        trainable.step(4)
+
+    def spoilt(step: int) -> dict[str, float]:
+        give_gradients(trainable)
+        first.grad = torch.full_like(first, value)
+        return trainable.step(step)
+
+    for step in (2, 3):
+        metrics = spoilt(step)
+        assert metrics["skipped"] == 1.0 and not math.isfinite(metrics["gradient_norm"])
+        assert all(parameter.grad is None for parameter in trainable.parameters.values())
+    assert (
+        said[1] == f"step 3: the gradient norm is {'nan' if value != value else 'inf'}; the update is skipped (2 in "
+        "a row, 3 stop)"
+    )
     assert same(weights(policy), before)
+    for name, parameter in trainable.parameters.items():
+        assert torch.equal(trainable.optimizer.state[parameter]["exp_avg"], moments[name])
+
+    give_gradients(trainable)
+    assert trainable.step(4)["skipped"] == 0.0  # and the count begins again
+    trainable.save(tmp_path / "c", 4)
+    before = weights(policy)
+    spoilt(5)
+    spoilt(6)
+    with pytest.raises(
+        MedbridgeError, match=r"step 7: .*3 updates in a row.*the last whole checkpoint is .*step-000004"
+    ):
+        spoilt(7)
+    assert same(weights(policy), before)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_skips_an_update_with_a_finite_gradient(
+    loss: float, load_policy: Callable[..., Policy]
+) -> None:
+    policy = load_policy(trainable=True)
+    trainable = trainable_of(policy, max_skipped_steps=1)
+    before = weights(policy)
+    give_gradients(trainable)
+    with pytest.raises(MedbridgeError, match=rf"at a loss of {loss}, and 1 updates .*; none was saved"):
+        trainable.step(1, loss)
+    assert same(weights(policy), before)
+    give_gradients(trainable)
+    assert trainable.step(2, 0.5)["skipped"] == 0.0
+
+
+def test_skips_in_a_row_are_counted_across_a_restart(load_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    def skip(trainable: Trainable, step: int) -> None:
+        give_gradients(trainable, math.nan)
+        trainable.step(step)
+
+    trainable = trainable_of(load_policy(trainable=True), max_skipped_steps=2)
+    with pytest.warns(UserWarning, match="1 in a row, 2 stop"):
+        skip(trainable, 1)
+    trainable.save(tmp_path, 1)
+    resumed = trainable_of(load_policy(trainable=True), max_skipped_steps=2)
+    assert resumed.restore(tmp_path) == 1
+    with pytest.raises(MedbridgeError, match="2 updates in a row"):
+        skip(resumed, 2)
 
 
 def test_gradients_are_scaled_down_to_the_norm_and_cleared(load_policy: Callable[..., Policy]) -> None:
@@ -113,6 +198,90 @@ def test_a_frozen_vision_tower_stays_as_it_is(
         tower = [name for name in before if ".visual." in name or ".vision_tower." in name]
         assert tower and all(torch.equal(before[name], after[name]) for name in tower)
         assert not same(before, after)
+
+
+def group_of(trainable: Trainable, parameter: torch.Tensor) -> dict[str, Any]:
+    [group] = [g for g in trainable.optimizer.param_groups if any(p is parameter for p in g["params"])]
+    return group
+
+
+@pytest.mark.parametrize("vision_rate", [None, 3e-4])
+@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_matrices_decay_and_the_vision_tower_has_its_own_rate(
+    vision_rate: float | None, architecture: str, load_policy: Callable[..., Policy]
+) -> None:
+    trainable = trainable_of(
+        load_policy(architecture, trainable=True), learning_rate=1e-2, vision_learning_rate=vision_rate,
+        weight_decay=0.1, schedule="linear", warmup_steps=1,
+    )  # fmt: skip
+    before = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
+    give_gradients(trainable, 0.0)
+    metrics = trainable.step(1)
+    assert metrics["learning_rate"] == 5e-3
+    towers = set()
+    for name, parameter in trainable.parameters.items():
+        vision = "visual." in name or "vision_tower." in name
+        towers.add(vision)
+        rate = 0.5 * (vision_rate or 1e-2) if vision else 5e-3
+        assert group_of(trainable, parameter)["lr"] == rate
+        decayed = before[name] * (1 - 0.1 * rate) if parameter.ndim >= 2 else before[name]  # all that a step does here
+        torch.testing.assert_close(parameter.detach(), decayed, rtol=1e-6, atol=0)
+        assert parameter.ndim >= 2 or torch.equal(parameter, before[name])
+    assert towers == {True, False}
+    assert len(trainable.optimizer.param_groups) == (2 if vision_rate is None else 4)
+
+
+@pytest.mark.parametrize("model", [ModelSettings(freeze_vision=True), ModelSettings(lora=LoraSettings(rank=2))])
+def test_a_rate_for_a_tower_that_does_not_train_is_refused(
+    model: ModelSettings, load_policy: Callable[..., Policy]
+) -> None:
+    with pytest.raises(MedbridgeError, match=r"vision_learning_rate is 0\.001, and no parameter of the vision tower"):
+        trainable_of(load_policy(trainable=True, lora=model.lora), model, vision_learning_rate=1e-3)
+
+
+def test_adapters_in_the_tower_have_its_rate(load_policy: Callable[..., Policy]) -> None:
+    model = ModelSettings(lora=LoraSettings(rank=2, targets=r".*\.(qkv|q_proj)$"))
+    trainable = trainable_of(load_policy(trainable=True, lora=model.lora), model, vision_learning_rate=1e-3)
+    for name, parameter in trainable.parameters.items():
+        assert group_of(trainable, parameter)["peak"] == (1e-3 if "visual." in name else 1e-5)
+    assert {"visual." in name for name in trainable.parameters} == {True, False}
+
+
+def test_the_update_is_adamw_as_its_paper_has_it(load_policy: Callable[..., Policy]) -> None:
+    """arXiv 1711.05101, algorithm 2, in float64 over five updates."""
+    trainable = trainable_of(
+        load_policy(trainable=True), learning_rate=1e-2, weight_decay=0.1, beta1=0.8, beta2=0.95, warmup_steps=2,
+        max_gradient_norm=1e9,
+    )  # fmt: skip
+    name, parameter = next((n, p) for n, p in trainable.parameters.items() if p.ndim == 2)
+    value, first, second = parameter.detach().double(), torch.tensor(0.0), torch.tensor(0.0)
+    for step in range(1, 6):
+        generator = torch.Generator().manual_seed(step)
+        for other in trainable.parameters.values():
+            other.grad = torch.randn(other.shape, generator=generator)
+        assert parameter.grad is not None
+        gradient = parameter.grad.double()
+        rate = trainable.settings.rate(step, 10)
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        value = value * (1 - rate * 0.1)
+        value = value - rate * (first / (1 - 0.8**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+        trainable.step(step)
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_eight_bit_states_ask_for_what_they_need(
+    load_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it isn't installed
+    with pytest.raises(MedbridgeError, match="`pip install bitsandbytes`"):
+        trainable_of(load_policy(trainable=True), optimizer="adamw_8bit")
+    stand_in = types.ModuleType("bitsandbytes.optim")
+    stand_in.AdamW8bit = torch.optim.AdamW  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", stand_in)
+    with pytest.raises(MedbridgeError, match="runs on a GPU"):
+        trainable_of(load_policy(trainable=True), optimizer="adamw_8bit")
 
 
 def test_recomputed_activations_give_the_same_steps(
@@ -152,6 +321,53 @@ def test_only_adapters_train_and_the_merged_model_is_an_ordinary_one(
     assert changed and all(name.split(".")[-2].endswith("_proj") and "visual" not in name for name in changed)
     loaded = load_policy(path=policy.save(tmp_path / "merged"))
     assert same(weights(loaded), after)
+
+
+@pytest.mark.parametrize(("stabilised", "scale"), [(False, 8 / 16), (True, 8 / 4)])
+def test_adapters_are_scaled_by_the_rank_or_by_its_root(
+    stabilised: bool, scale: float, load_policy: Callable[..., Policy]
+) -> None:
+    """rsLoRA, arXiv 2312.03732: alpha / sqrt(rank)."""
+    model = ModelSettings(lora=LoraSettings(rank=16, alpha=8, rank_stabilised=stabilised))
+    trainable = trainable_of(load_policy(trainable=True, lora=model.lora), model)
+    layer = trainable.policy.model.model.language_model.layers[0].mlp.up_proj
+    assert layer.scaling == {"default": scale}
+    before = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(0.01)
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    trainable.finish()
+    merged = trainable.policy.model.model.language_model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(merged.detach(), before + scale * product.detach())
+
+
+@pytest.mark.parametrize("model", [ModelSettings(), LORA], ids=["whole", "adapters"])
+def test_masters_and_moments_are_float32_under_a_bfloat16_model(
+    model: ModelSettings, load_policy: Callable[..., Policy], sft: Callable[..., Any], answers: Any,
+    train_items: list[Item], killed: type[Exception], tmp_path: Path,
+) -> None:  # fmt: skip
+    """And a stage that computes in bfloat16 resumes with the same bits as well."""
+
+    def load() -> Policy:
+        return load_policy(trainable=True, dtype="bfloat16", lora=model.lora)
+
+    policy = load()
+    trainable = trainable_of(policy, model)
+    held = {parameter.dtype for parameter in policy.model.parameters() if not parameter.requires_grad}
+    assert held == (set() if model.lora is None else {torch.bfloat16})
+    give_gradients(trainable)
+    trainable.step(1)
+    for parameter in trainable.parameters.values():
+        assert parameter.dtype == torch.float32
+        assert {value.dtype for value in trainable.optimizer.state[parameter].values()} == {torch.float32}
+
+    options = {"model": model, "steps": 4, "checkpoint_every": 2}
+    whole, resumed, examples = load(), load(), answers(train_items)
+    sft(whole, examples, checkpoints=tmp_path / "straight", **options)
+    with pytest.raises(killed):
+        sft(load(), examples, checkpoints=tmp_path / "cut", kill_at=3, **options)
+    assert sft(resumed, examples, checkpoints=tmp_path / "cut", **options).start == 2
+    assert same(weights(resumed), weights(whole))
 
 
 def test_adapter_targets_that_fit_nothing_are_named(load_policy: Callable[..., Policy]) -> None:
@@ -197,58 +413,146 @@ def test_a_stage_cut_off_anywhere_ends_with_the_same_bits(
         assert metrics["loss"] == log.metrics[step]["loss"]
 
 
-def save_some(policy: Policy, folder: Path, steps: int) -> Trainable:
-    trainable = trainable_of(policy)
+@pytest.mark.parametrize("model", [ModelSettings(), LORA], ids=["whole", "adapters"])
+def test_a_stage_cut_off_at_every_step_in_turn_ends_with_the_same_bits(
+    model: ModelSettings,
+    load_policy: Callable[..., Policy],
+    sft: Callable[..., Any],
+    answers: Any,
+    killed: type[Exception],
+    train_items: list[Item],
+    tmp_path: Path,
+) -> None:
+    """One stage, ended after each of its steps: every process takes one step and is the last one's heir."""
+    examples, options = answers(train_items), {"model": model, "steps": 6, "checkpoint_every": 1}
+    whole = load_policy(trainable=True, lora=model.lora)
+    log = sft(whole, examples, checkpoints=tmp_path / "straight", **options)
+    for step in range(2, 7):
+        with pytest.raises(killed):
+            sft(
+                load_policy(trainable=True, lora=model.lora), examples, checkpoints=tmp_path / "cut", kill_at=step,
+                **options,
+            )  # fmt: skip
+        disturb_generators(step)
+    resumed = load_policy(trainable=True, lora=model.lora)
+    again = sft(resumed, examples, checkpoints=tmp_path / "cut", **options)
+    assert again.start == 5 and again.metrics[6]["loss"] == log.metrics[6]["loss"]
+    assert same(weights(resumed), weights(whole))
+
+
+def disturb_generators(seed: int) -> None:
+    """Another process begins with generators of its own."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.mark.parametrize("cut", range(6))
+def test_every_generator_goes_on_where_it_stood(cut: int, load_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """Steps that draw from the generators as they come (nobody calls `begin`), with dropout in the adapters."""
+    average: list[dict[str, torch.Tensor]] = []
+
+    def steps(trainable: Trainable, first: int, last: int) -> list[tuple[float, ...]]:
+        drawn = []
+        for step in range(first, last + 1):
+            text = [7, random.randrange(5, 100), int(np.random.randint(5, 100)), 7]
+            logits = trainable.policy.model(input_ids=torch.tensor([text])).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(text[1:]))
+            loss.backward()
+            trainable.step(step, loss.item())
+            drawn.append((*text, random.gauss(), np.random.standard_normal(), loss.item()))
+        return drawn
+
+    def begun() -> Trainable:
+        policy = load_policy(trainable=True, lora=LORA.lora)
+        trainable = trainable_of(policy, LORA, warmup_steps=0, learning_rate=1e-2)
+        average.append(trainable.keep_average(0.9).averages)
+        return trainable
+
+    straight = begun()
+    disturb_generators(0)
+    expected = steps(straight, 1, 6)
+
+    killed = begun()
+    disturb_generators(0)
+    found = steps(killed, 1, cut)
+    killed.save(tmp_path, cut, {"position": {"epoch": cut, "name": "\u00e9"}})
+    disturb_generators(99)
+    resumed = begun()
+    assert resumed.restore(tmp_path) == cut
+    assert resumed.extra == {"position": {"epoch": cut, "name": "\u00e9"}}
+    found += steps(resumed, cut + 1, 6)
+    assert found == expected
+    assert same(weights(resumed.policy), weights(straight.policy))
+    assert same(average[0], average[2])
+    for name, parameter in straight.parameters.items():
+        assert same(straight.optimizer.state[parameter], resumed.optimizer.state[resumed.parameters[name]])
+
+
+def save_some(policy: Policy, folder: Path, steps: int, **settings: Any) -> Trainable:
+    trainable = trainable_of(policy, **settings)
     for step in range(1, steps + 1):
-        for parameter in trainable.parameters.values():
-            parameter.grad = torch.full_like(parameter, step / 10)
+        give_gradients(trainable, step / 10)
         trainable.step(step)
-        trainable.save(folder, step)
+        trainable.save(folder, step, {"position": step}, score=-step)
     return trainable
 
 
-def test_the_last_two_checkpoints_are_kept(load_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    save_some(load_policy(trainable=True), tmp_path / "c", 4)
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-000003", "step-000004"]
-    stored = load_file(tmp_path / "c" / "step-000004" / "state.safetensors")
-    assert {name.split("/")[0] for name in stored} == {"parameter", "exp_avg", "exp_avg_sq", "step"}
+def test_the_newest_checkpoints_are_kept_and_the_best(load_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    trainable = save_some(load_policy(trainable=True), tmp_path / "c", 4)
+    assert [path.name for path in checkpoints(tmp_path / "c")] == ["step-000001", "step-000003", "step-000004"]
+    last = tmp_path / "c" / "step-000004"
+    assert load_file(last / "weights.safetensors").keys() == trainable.parameters.keys()
+    stored = load_file(last / "optimizer.safetensors")
+    assert {name.split("/")[0] for name in stored} == {"exp_avg", "exp_avg_sq", "step"}
+    assert json.loads((last / "state.json").read_text())["position"] == 4
+
+
+def test_fewer_or_more_checkpoints_are_kept(load_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    save_some(load_policy(trainable=True), tmp_path / "c", 4, keep_checkpoints=1)
+    assert [path.name for path in checkpoints(tmp_path / "c")] == ["step-000001", "step-000004"]
 
 
 def test_no_checkpoint_is_step_0(load_policy: Callable[..., Policy], tmp_path: Path) -> None:
     assert trainable_of(load_policy(trainable=True)).restore(tmp_path / "none") == 0
-    (tmp_path / "some" / ".writing-x" / "step-000009").mkdir(parents=True)  # a kill while the first was written
-    assert trainable_of(load_policy(trainable=True)).restore(tmp_path / "some") == 0
+    (tmp_path / "some" / ".writing-step-000009").mkdir(parents=True)  # a kill while the first was written
+    trainable = trainable_of(load_policy(trainable=True))
+    assert trainable.restore(tmp_path / "some") == 0 and trainable.extra == {}
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "missing", "other shape"])
-def test_a_damaged_checkpoint_names_its_folder_and_the_one_before_it_serves(
-    damage: str, load_policy: Callable[..., Policy], tmp_path: Path
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_serves(
+    name: str, load_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     folder = tmp_path / "c"
     save_some(load_policy(trainable=True), folder, 2)
-    last = folder / "step-000002" / "state.safetensors"
-    if damage == "cut":
-        last.write_bytes(last.read_bytes()[:-1000])
-    elif damage == "garbage":
-        last.write_bytes(b"\xff" * 5000)
-    elif damage == "missing":
-        last.unlink()
-    else:
-        from safetensors.torch import save_file
-
-        stored = load_file(last)
-        name = next(name for name in stored if name.startswith("parameter/") and stored[name].ndim == 2)
-        stored[name] = stored[name][:-1].contiguous()
-        save_file(stored, last, {"step": "2"})
-    with pytest.raises(MedbridgeError, match=r"step-000002.*can't be read"):
-        trainable_of(load_policy(trainable=True)).restore(folder)
-    [first, second] = checkpoints(folder)
-    second.rename(folder / "set aside")
-    assert trainable_of(load_policy(trainable=True)).restore(folder) == 1
-    assert first.name == "step-000001"
+    last = folder / "step-000002" / name
+    last.write_bytes(last.read_bytes()[:-10])
+    resumed = trainable_of(load_policy(trainable=True))
+    with pytest.warns(UserWarning, match=rf"step-000002 is damaged \({name} .*Training goes on from step-000001"):
+        assert resumed.restore(folder) == 1
+    assert resumed.extra == {"position": 1}
+    assert [path.name for path in checkpoints(folder)] == ["step-000001"]
+    straight = save_some(load_policy(trainable=True), tmp_path / "other", 1)
+    assert same(weights(resumed.policy), weights(straight.policy))
 
 
-def test_a_checkpoint_of_other_parameters_is_refused(load_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_a_checkpoint_under_other_settings_is_refused_before_anything_is_loaded(
+    load_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_some(load_policy(trainable=True), tmp_path / "c", 1)
     with pytest.raises(MedbridgeError, match="holds other parameters than this stage trains"):
         trainable_of(load_policy(trainable=True), LORA).restore(tmp_path / "c")
+    other = trainable_of(load_policy(trainable=True))
+    before = weights(other.policy)
+    monkeypatch.setattr(other, "settings", other.settings.model_copy(update={"optimizer": "adamw_8bit"}))
+    with pytest.raises(MedbridgeError, match="was saved with optimizer adamw"):
+        other.restore(tmp_path / "c")
+    assert same(weights(other.policy), before) and not other.optimizer.state
+
+
+def test_a_caller_can_not_write_over_the_state_of_the_trainer(
+    load_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="are taken"):
+        trainable_of(load_policy(trainable=True)).save(tmp_path, 1, {"trainer": 1})
