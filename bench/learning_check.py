@@ -165,6 +165,7 @@ def sharpened_by_trl(job: Job, folder: Path, questions: Path, base: str, seed: i
         ]
 
     processor = AutoProcessor.from_pretrained(base)
+    processor.tokenizer.padding_side = "left"  # as it asks for; it does not set it itself
     trainer = trl.GRPOTrainer(
         model=base, processing_class=processor, reward_funcs=earned,
         train_dataset=datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()),
@@ -173,7 +174,8 @@ def sharpened_by_trl(job: Job, folder: Path, questions: Path, base: str, seed: i
             disable_tqdm=True, seed=seed, max_steps=STEPS, shuffle_dataset=False,
             per_device_train_batch_size=rl.prompts_per_step * rl.completions, num_generations=rl.completions,
             steps_per_generation=1, max_completion_length=settings.rollout.max_new_tokens, temperature=1.0, top_p=1.0,
-            top_k=0, beta=0.0, loss_type="grpo", learning_rate=rl.learning_rate, warmup_steps=rl.warmup_steps,
+            top_k=0, beta=0.0, loss_type="grpo",
+            learning_rate=rl.learning_rate, warmup_steps=rl.warmup_steps,
             lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, adam_beta1=rl.beta1,
             adam_beta2=rl.beta2, weight_decay=rl.weight_decay, max_grad_norm=rl.max_gradient_norm,
         ),

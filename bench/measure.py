@@ -33,11 +33,15 @@ class Times(tuple[float, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is timed, and what is done before each time and not counted. What `run` returns is freed uncounted too."""
+    """What is timed, and what is done before each time and not counted. What `run` returns is freed uncounted too.
+
+    warm: it has run before, and does not take part in the round that isn't counted.
+    """
 
     run: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
     rounds: int | None = None
+    warm: bool = False
 
 
 def timed(cases: Mapping[str, Case], rounds: int) -> dict[str, Times]:
@@ -45,15 +49,16 @@ def timed(cases: Mapping[str, Case], rounds: int) -> dict[str, Times]:
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, case in cases.items():
-            if number > (case.rounds or rounds):
+            if number > (case.rounds or rounds) or (case.warm and not number):
                 continue
             case.prepare()
             gc.collect()
             start = time.perf_counter()
             result = case.run()
-            taken[name].append(time.perf_counter() - start)
+            if number:
+                taken[name].append(time.perf_counter() - start)
             del result
-    return {name: Times(times[1:]) for name, times in taken.items()}
+    return {name: Times(times) for name, times in taken.items()}
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -88,9 +93,9 @@ def peak_memory(build: Callable[..., Callable[[], tuple[Tensor, ...]]], *argumen
 
 def _peak_memory(build: Callable[..., Callable[[], tuple[Tensor, ...]]], arguments: tuple[Any, ...]) -> Memory:
     call = build(*arguments)
-    at_first = _resident()
+    at_first = resident()
     call()
-    before = _resident()
+    before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     returned = call()
     peak = _status("VmHWM")
@@ -98,7 +103,25 @@ def _peak_memory(build: Callable[..., Callable[[], tuple[Tensor, ...]]], argumen
     return Memory((peak - before - bytes_returned) / MIB, (before - at_first) / MIB)
 
 
-def _resident() -> int:
+def steps_peak(build: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
+    """Peak of resident memory, in MiB, in two calls of what `build(*arguments)` gives, beyond what was there before.
+
+    In a process of its own. For training steps: what the first call makes and keeps, as optimizer states, counts.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_steps_peak, build, arguments).result()
+
+
+def _steps_peak(build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> float:
+    call = build(*arguments)
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    for _ in range(2):
+        call()
+    return (_status("VmHWM") - before) / MIB
+
+
+def resident() -> int:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return _status("VmRSS")
@@ -137,6 +160,13 @@ def table(title: str, times: Mapping[str, Times], columns: Mapping[str, Mapping[
         print(f"  {name:<{name_width}}" + "".join(f"{cell:>{width}}" for cell in cells))
         figures[name] = row | {column.replace(" ", "_"): rounded(value, 3) for column, value in extra.items()}
     return figures
+
+
+def product(size: int) -> Case:
+    """What the processor can do at most: a product of two square float32 matrices, 2 size^3 operations."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    out = torch.empty(size, size)
+    return Case(lambda: torch.mm(a, b, out=out))
 
 
 def copies(values: int) -> dict[str, Case]:

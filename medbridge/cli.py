@@ -28,6 +28,8 @@ from medbridge.errors import MedbridgeError
 if TYPE_CHECKING:
     from medbridge.config import RunSettings
     from medbridge.pipeline import Run
+    from medbridge.stage_folder import Method
+    from medbridge.train.ranks import Ranks
 
 app = typer.Typer(
     name="medbridge",
@@ -43,6 +45,7 @@ app.add_typer(data_app, name="data")
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 _state = {"debug": False}
+_together: dict[str, Ranks] = {}  # the processes that torchrun has started, under "ranks"
 
 ConfigArgument = Annotated[
     Path | None,
@@ -89,7 +92,23 @@ StrataOption = Annotated[
         show_default=False,
     ),
 ]
+ProfileOption = Annotated[
+    int,
+    typer.Option(
+        "--profile", metavar="N", min=0, show_default=False,
+        help="Trace N steps of each training stage, from its second one on, into `profile/` of the run folder, with a "
+        "table of where the time went.",
+    ),
+]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+class Dtype(StrEnum):
+    """Type of exported weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class OnBad(StrEnum):
@@ -139,6 +158,7 @@ def run_command(
     model: ModelOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
+    profile: ProfileOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Measure, bridge or sharpen, and measure again, until every stratum is done, undecidable or the budget is spent.
@@ -148,6 +168,7 @@ def run_command(
     settings, base = _settings(config, run, model, data, overrides)
     folder = run or Path("runs") / settings.name
     with _open_run(folder, settings, base) as opened:
+        opened.profile = profile
         opened.execute()
     _conclude(folder, as_json)
 
@@ -177,10 +198,11 @@ def bridge(
     data: DataOption = None,
     strata: StrataOption = None,
     overrides: SetOption = None,
+    profile: ProfileOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """One stage of supervised fine-tuning, on the strata whose last verdict is bridge or on those named."""
-    _train("bridge", config, run, model, data, strata, overrides, as_json)
+    _train("bridge", config, run, model, data, strata, overrides, profile, as_json)
 
 
 @app.command()
@@ -191,10 +213,11 @@ def sharpen(
     data: DataOption = None,
     strata: StrataOption = None,
     overrides: SetOption = None,
+    profile: ProfileOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """One stage of GRPO, on the strata whose last verdict is sharpen or on those named."""
-    _train("sharpen", config, run, model, data, strata, overrides, as_json)
+    _train("sharpen", config, run, model, data, strata, overrides, profile, as_json)
 
 
 @app.command()
@@ -208,6 +231,36 @@ def report(
 ) -> None:
     """Write a run's report: one HTML file that needs no network. Works at any moment of a run's life."""
     _conclude(run, as_json, out)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="STAGE",
+            help="`last` (what the run goes on from), `best` (by Acc@1 at the diagnoses), `base`, or a training stage "
+            "by number or folder, such as `05-sharpen`.",
+        ),
+    ] = "last",
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter/--merged", help="Only the LoRA adapters, for PEFT; or the model with them merged."),
+    ] = False,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of the weights; default: as they are.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model of a run as an ordinary Hugging Face folder: weights, processor, chat template."""
+    from medbridge.export import export_model
+
+    found = export_model(run, out, model=model, adapter=adapter, dtype=None if dtype is None else dtype.value)
+    _emit({"model": found.model, "path": str(found.out), "dtype": found.dtype}, as_json)
 
 
 @app.command("init-model")
@@ -360,18 +413,20 @@ def data_show(
 
 
 def _train(
-    kind: str,
+    kind: Method,
     config: Path | None,
     run: Path | None,
     model: str | None,
     data: list[str] | None,
     strata: list[str] | None,
     overrides: list[str] | None,
+    profile: int,
     as_json: bool,
 ) -> None:
     settings, base = _settings(config, run, model, data, overrides)
     folder = run or Path("runs") / settings.name
     with _open_run(folder, settings, base) as opened:
+        opened.profile = profile
         result = opened.train_once(kind, strata)
     written = _write_report(folder)
     _emit({"stage": kind, "model": str(folder / result), "report": str(written)}, as_json)
@@ -425,6 +480,8 @@ def _open_run(folder: Path, settings: RunSettings, base: Path) -> Iterator[Run]:
     from medbridge.progress import Reporter
 
     opened = Run(folder, settings, base_dir=base, reporter=Reporter(stderr))
+    if "ranks" in _together:
+        opened.ranks = _together["ranks"]
     try:
         yield opened
     except KeyboardInterrupt:
@@ -474,12 +531,33 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        app()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _with_others()
+        else:
+            app()
     except MedbridgeError as error:
         if _state["debug"]:
             raise
         stderr.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
+
+
+def _with_others() -> None:
+    """One of several processes that torchrun has started: rank 0 obeys the command line, the others train with it."""
+    from medbridge.followers import follow
+    from medbridge.train.parallel import joined
+
+    with joined() as ranks:
+        if not ranks.leads:
+            follow(ranks)
+            return
+        _together["ranks"] = ranks
+        try:
+            app()
+        except SystemExit as ending:
+            if ending.code:
+                raise
+            ranks.share(lambda: None)  # the others are not needed any more
 
 
 def _escape(text: str) -> str:

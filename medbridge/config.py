@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medbridge.data import DataSettings, SplitName
 from medbridge.errors import MedbridgeError
@@ -75,6 +75,39 @@ class DiagnosisSettings(BaseModel):
     )
 
 
+class HeldOutSettings(BaseModel):
+    """Training items that are never trained on: on them each checkpoint's greedy accuracy is measured.
+
+    They are not the diagnosis split, which the gate reads: a checkpoint picked by it would bias the next verdict.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the training split that is held out of all training, by whole clusters "
+        "(diagnosis.cluster). 0: none, and nothing is measured while training.",
+    )
+    max_items: int | None = Field(
+        256,
+        ge=1,
+        description="Held-out items that a stage asks at each checkpoint, at most; null asks all of its strata.",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="Which weights are the stage's result: those after the last step, or those of the checkpoint with "
+        "the highest accuracy on the held-out items (the earliest of equals).",
+    )
+
+    @model_validator(mode="after")
+    def _has_items(self) -> HeldOutSettings:
+        if self.keep == "best" and self.share == 0:
+            raise ValueError("keep is best, and nothing is held out to tell which is. Set held_out.share, say to 0.1")
+        return self
+
+
 class BudgetSettings(BaseModel):
     """When the loop stops although some stratum is not done."""
 
@@ -83,6 +116,11 @@ class BudgetSettings(BaseModel):
     stages: int = Field(8, ge=0, description="Most training stages of a run.")
     bridges_per_stratum: int = Field(3, ge=0, description="Most bridge stages a stratum takes part in.")
     sharpens_per_stratum: int = Field(3, ge=0, description="Most sharpen stages a stratum takes part in.")
+    mixed: bool = Field(
+        False,
+        description="Where some strata are to be bridged and others to be sharpened, one stage (mixed) does both: each "
+        "step adds the gradient of sft on the one to that of rl on the other. false: bridge first, then measure again.",
+    )
     minutes: float | None = Field(
         None, gt=0, description="Minutes of work, summed over resumed runs, after which no stage is begun."
     )
@@ -95,7 +133,15 @@ class RunSettings(BaseModel):
 
     name: str = Field("run", description="Name shown in the report.")
     seed: int = Field(0, ge=0, description="Seed of weights, data order, option orders and samples.")
-    tensorboard: bool = Field(False, description="Write training metrics to TensorBoard files in the run folder too.")
+    tensorboard: Literal["auto"] | bool = Field(
+        "auto",
+        description="Write training metrics to TensorBoard files in the run folder too; auto: where it is installed.",
+    )
+    wandb: str | None = Field(
+        None,
+        description="Weights & Biases project that training metrics are sent to, a W&B run for each stage; null sends "
+        "nothing. WANDB_MODE=offline keeps them in the run folder.",
+    )
     model: ModelSettings = Field(default_factory=ModelSettings, description="The model.")
     data: DataSettings = Field(description="Data sets, strata, and how questions are asked.")
     rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="How completions are drawn.")
@@ -108,7 +154,21 @@ class RunSettings(BaseModel):
     )
     sft: SftSettings = Field(default_factory=SftSettings, description="Bridging: supervised fine-tuning.")
     rl: RlSettings = Field(default_factory=RlSettings, description="Sharpening: GRPO.")
+    held_out: HeldOutSettings = Field(
+        default_factory=HeldOutSettings, description="Accuracy while training, and which checkpoint is kept."
+    )
     budget: BudgetSettings = Field(default_factory=BudgetSettings, description="When to stop.")
+
+    @model_validator(mode="after")
+    def _trains_what_it_rates(self) -> RunSettings:
+        for name in ("sft", "rl"):
+            rate = getattr(self, name).vision_learning_rate
+            if rate is not None and self.model.freeze_vision:
+                raise ValueError(
+                    f"{name}.vision_learning_rate is {rate:g}, and model.freeze_vision leaves the vision tower as it "
+                    "is. Leave one of them out"
+                )
+        return self
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -267,6 +327,8 @@ def _explain(
     given = next((text for key, text in origin.items() if key[: len(keys)] == keys or keys[: len(key)] == key), None)
     where = given or f"{source}:{_line(root, path)}"
     kind, message = entry["type"], entry["msg"]
+    if not path:  # of keys that don't go together
+        return f"{source}: {message.removeprefix('Value error, ')}."
     if kind == "extra_forbidden":
         valid = _valid_keys(path[:-1])
         close = difflib.get_close_matches(str(path[-1]), valid, n=1)

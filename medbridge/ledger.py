@@ -24,7 +24,10 @@ from medbridge.errors import MedbridgeError
 from medbridge.rollout.engine import GREEDY, Graded, Rollout
 from medbridge.support.tallies import Tally
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+
+TRAINING = ("bridge", "sharpen", "mixed")
+"""Kinds of stage that a verdict calls for; each ends a round."""
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -35,7 +38,8 @@ CREATE TABLE items (
 ) WITHOUT ROWID;
 CREATE TABLE stages (
     stage_id INTEGER PRIMARY KEY, round INTEGER NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('format', 'diagnose', 'control', 'route', 'bridge', 'sharpen', 'evaluate')),
+    kind TEXT NOT NULL CHECK (kind IN ('format', 'diagnose', 'control', 'route', 'bridge', 'sharpen', 'mixed',
+        'evaluate')),
     status TEXT NOT NULL CHECK (status IN ('running', 'done')),
     model TEXT NOT NULL, result_model TEXT, strata TEXT NOT NULL, plan TEXT NOT NULL,
     started REAL NOT NULL, finished REAL, summary TEXT

@@ -1,4 +1,7 @@
-"""Progress on the terminal: a bar with rate and time left for what takes longer than a moment, on stderr."""
+"""Progress on the terminal: a bar with rate and time left for what takes longer than a moment, on stderr.
+
+What a training stage shows beside its bar stands in `live`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from medbridge.live import TrainingView, training_view
 
 
 class Meter:
@@ -57,10 +62,18 @@ class Reporter:
     @contextmanager
     def task(self, description: str, total: int | None, unit: str) -> Iterator[Meter]:
         """A bar for `total` units of work (None: not known yet); where stderr is no terminal, one line when it ends."""
-        progress = Progress(
+        with self._bar() as progress:
+            yield Meter(progress, progress.add_task(description, total=total, unit=unit, note=""))
+
+    @contextmanager
+    def training(self, description: str, steps: int) -> Iterator[TrainingView]:
+        """A bar and a live table for a training stage; where stderr is no terminal, a line now and then."""
+        with training_view(self.console, self._bar(), description, steps) as view:
+            yield view
+
+    def _bar(self) -> Progress:
+        return Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), _Rate(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
             console=self.console, refresh_per_second=4,
         )  # fmt: skip
-        with progress:
-            yield Meter(progress, progress.add_task(description, total=total, unit=unit, note=""))

@@ -24,7 +24,7 @@ from medbridge.errors import MedbridgeError
 from medbridge.ledger import Ledger, to_json
 from medbridge.progress import Reporter
 
-_FREE = ("name", "budget", "tensorboard", "rollout.vllm.", "rollout.server.", "rollout.failure.")
+_FREE = ("name", "budget", "tensorboard", "wandb", "rollout.vllm.", "rollout.server.", "rollout.failure.")
 """Settings that a resumed run may change: they decide how far and where it goes, not what it finds."""
 
 

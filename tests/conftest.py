@@ -229,6 +229,7 @@ def tiny_config(tiny_data: Path) -> Callable[..., dict[str, Any]]:
     """A configuration of a run that takes seconds, as a dictionary; keywords are laid over its sections."""
     base: dict[str, Any] = {
         "name": "tiny",
+        "tensorboard": False,  # importing it takes as long as a run
         "model": {"from_nothing": {**SHAPE, "format_steps": 4}},
         "data": {"sources": [{"kind": "jsonl", "path": str(tiny_data)}], "strata": ["task"], "prompt": PROMPT},
         "rollout": {"max_new_tokens": 8, "batch_size": 64},

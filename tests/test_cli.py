@@ -78,7 +78,7 @@ def commands() -> Iterator[tuple[list[str], Any]]:
 def test_the_commands_that_the_readme_lists_are_there() -> None:
     names = {" ".join(path) for path, _ in commands()}
     assert names >= {
-        "demo", "diagnose", "bridge", "sharpen", "run", "report", "init-model",
+        "demo", "diagnose", "bridge", "sharpen", "run", "report", "export", "init-model",
         "data import", "data check", "data show",
     }  # fmt: skip
     readme = (Path(__file__).parents[1] / "README.md").read_text()

@@ -225,3 +225,25 @@ def test_settings_cannot_be_changed_by_accident() -> None:
 def test_shipped_configurations_are_valid(path: Path) -> None:
     settings = load_config(path)
     assert parse_config(dump_config(settings), source="dumped") == settings
+
+
+@pytest.mark.parametrize("section", ["sft", "rl"])
+def test_a_rate_for_a_frozen_vision_tower_is_refused_at_once(section: str) -> None:
+    text = f"{DATA}model: {{freeze_vision: true}}\n{section}: {{vision_learning_rate: 1e-4}}\n"
+    message = error_of(text)
+    assert message.startswith(f"run.yaml: {section}.vision_learning_rate is 0.0001, and model.freeze_vision")
+    parse_config(text.replace("true", "false"), source="run.yaml")
+
+
+def test_the_best_checkpoint_needs_items_to_tell() -> None:
+    text = f"{DATA}held_out: {{keep: best}}\n"
+    message = error_of(text)
+    assert "run.yaml:4: held_out" in message and "keep is best, and nothing is held out" in message
+    assert parse_config(text.replace("best", "best, share: 0.1"), source="run.yaml").held_out.keep == "best"
+
+
+@pytest.mark.parametrize(("value", "read"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_tensorboard_is_auto_or_decided(value: str, read: str | bool) -> None:
+    settings = parse_config(f"{DATA}tensorboard: {value}\n", source="run.yaml")
+    assert settings.tensorboard == read
+    assert "tensorboard" in error_of(f"{DATA}tensorboard: maybe\n")

@@ -581,7 +581,7 @@ def test_training_items_are_routed_by_what_the_model_makes_of_them(open_run: Cal
 def test_a_routing_left_behind_serves_its_own_strata_only(open_run: Callable[..., Run], formed: Path) -> None:
     run = open_run(model={"path": str(formed)}, routing={"samples": 6})
     items = [item for item in run.items.split("train") if item.tags["task"] == "shade"]
-    run._routed(0, "bridge", run.base_model(), ("shade",), items)  # and then the process was killed
+    run.routed(0, "bridge", run.base_model(), ("shade",), items)  # and then the process was killed
     run.train_once("bridge", ["side"])
     assert [(stage.kind, stage.strata) for stage in run.ledger.stages()] == [
         ("route", ("bridge", "shade")), ("route", ("bridge", "side")), ("bridge", ("side",)),

@@ -21,7 +21,7 @@ import yaml
 from medbridge.ledger import Ledger
 
 TABLES = ("items", "stages", "rollouts", "outcomes", "tallies", "verdicts", "batches")
-TIMES = re.compile(r"seconds|_per_second$|^loss_share|_hit_rate$")
+TIMES = re.compile(r"seconds|_per_second$|^loss_share|_hit_rate$|^mfu$|^memory_gb$")
 """Metrics and totals that depend on when a process was killed; a step that was sampled before has no sampling speed."""
 
 STAGES = ["format", "diagnose", "bridge", "diagnose", "sharpen", "diagnose", "evaluate", "evaluate"]

@@ -67,19 +67,21 @@ def blocks_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     _refuse_softcap(options)
     repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+    window = options.get("sliding_window")
     parts = []
-    for block in packed.blocks(options.get("sliding_window")):
+    for block, bias in zip(packed.blocks(window), packed.biases(window, _computed_in(query)), strict=True):
         own, prefix = slice(block.start, block.end), slice(block.prefix_start, block.prefix_end)
         alone = block.prefix_start == block.prefix_end
         keys, values = (
             states[:, :, own] if alone else torch.cat([states[:, :, prefix], states[:, :, own]], dim=2)
             for states in (key, value)
         )
+        if repeats > 1 and query.is_cuda:  # whose kernels share heads of keys only where there is no mask
+            keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
         attended = scaled_dot_product_attention(
-            query[:, :, own], keys, values, attn_mask=block.mask, is_causal=block.mask is None,
+            query[:, :, own], keys, values, attn_mask=bias, is_causal=bias is None,
             dropout_p=options.get("dropout", 0.0), scale=options.get("scaling"),
+            enable_gqa=repeats > 1 and not query.is_cuda,
         )  # fmt: skip
         parts.append(attended.transpose(1, 2))
     return torch.cat(parts, dim=1), None
@@ -105,9 +107,8 @@ def varlen_attention(
     from flash_attn import flash_attn_varlen_func
 
     _refuse_softcap(options)
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings give float32 back
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    dtype = _computed_in(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     index, query_bounds, key_bounds = packed.varlen()
     window = options.get("sliding_window")
     attended = flash_attn_varlen_func(
@@ -119,6 +120,12 @@ def varlen_attention(
         window_size=(-1, -1) if window is None else (window - 1, 0),
     )  # fmt: skip
     return attended[None], None
+
+
+def _computed_in(query: Tensor) -> torch.dtype:
+    """The type that attention is computed in. Under autocast rotary embeddings give float32 back."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def _refuse_softcap(options: dict[str, Any]) -> None:

@@ -70,6 +70,7 @@ class PackedLayout:
     steps: Tensor
     images: Tensor | None
     _blocks: dict[int | None, list[Block]] = field(default_factory=dict)
+    _biases: dict[tuple[int | None, torch.dtype], list[Tensor | None]] = field(default_factory=dict)
     _varlen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def blocks(self, window: int | None) -> list[Block]:
@@ -80,6 +81,19 @@ class PackedLayout:
         if window not in self._blocks:
             self._blocks[window] = [self._block(*span, window) for span in self._spans()]
         return self._blocks[window]
+
+    def biases(self, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
+        """The blocks' masks as what is added to attention logits: 0, or -inf where a query doesn't see a key.
+
+        Made once and shared by all layers. A mask of truth values is turned into this by each call on it, and each
+        layer keeps its own for the backward pass.
+        """
+        if (window, dtype) not in self._biases:
+            self._biases[window, dtype] = [
+                None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+                for mask in (block.mask for block in self.blocks(window))
+            ]
+        return self._biases[window, dtype]
 
     def varlen(self) -> tuple[Tensor, Tensor, Tensor]:
         """For kernels of variable length, made once: the row's keys laid out segment by segment, int64, and the

@@ -6,6 +6,8 @@ It neither samples nor trains. What needs no weights stands in `prompter`.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import tempfile
 from collections import OrderedDict
@@ -30,6 +32,9 @@ from medbridge.model.attention import packed_arguments, use_packed_attention
 from medbridge.model.initialise import FromNothing, replace_folder
 from medbridge.model.packing import PackedBatch, merge_vision, pack, plan
 from medbridge.model.prompter import Prompter
+
+_MALLOPT_MMAP_THRESHOLD = -3
+"""`M_MMAP_THRESHOLD` of malloc.h."""
 
 BANNED_LOGIT = -1e9
 """Logit of a token that must not be sampled. Finite, so that p * log p stays 0 and not NaN in the entropy."""
@@ -202,6 +207,8 @@ class Policy(Prompter):
         device = pick_device(settings.device)
         if device.type == "cpu":
             torch.set_flush_denormal(True)  # small models' gradients hold many, and a CPU adds them 100 times slower
+            if trainable and settings.gradient_checkpointing:
+                give_freed_memory_back()
         compute = pick_dtype(settings.dtype, device)
         held = torch.float32 if trainable and settings.lora is None else compute
         attention = _pick_attention(settings.attention, device)
@@ -434,14 +441,23 @@ class Policy(Prompter):
 
         A patch (before patches are merged to tokens) counts as layers x width of the tower over the text model's.
         """
-        pixels = prompt.vision.get("pixel_values")
-        if pixels is None:
+        patches = self.patches(prompt.vision)
+        if not patches:
             return 0.0
         vision, text = self.model.config.vision_config, self.model.config.get_text_config()
         depth = getattr(vision, "depth", None) or vision.num_hidden_layers
         width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL's hidden_size is the text's
-        patches = len(pixels) if pixels.ndim == 2 else len(pixels) * (vision.image_size // vision.patch_size) ** 2
         return float(patches * depth * width / (text.num_hidden_layers * text.hidden_size))
+
+    def patches(self, vision: Mapping[str, Tensor]) -> int:
+        """How many patches the images of a prompt or of a batch have, before they are merged to tokens."""
+        pixels = vision.get("pixel_values")
+        if pixels is None:
+            return 0
+        if pixels.ndim == 2:
+            return len(pixels)
+        shape = self.model.config.vision_config
+        return int(len(pixels) * (shape.image_size // shape.patch_size) ** 2)
 
     def completion_logits(self, batch: CompletionBatch) -> Tensor:
         """Logits [N, vocabulary] that predict `batch.labels`; banned tokens hold `BANNED_LOGIT`.
@@ -478,6 +494,17 @@ def _declare_dtype(path: Path, dtype: str) -> None:
         if isinstance(section, dict) and "dtype" in section:
             section["dtype"] = dtype
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def give_freed_memory_back() -> None:
+    """Have glibc, where that is the C library, map each block of a MiB or more by itself, for the whole process.
+
+    By default it maps ever fewer as large blocks are freed, and keeps the holes between those in use: training held
+    1000 MiB at its peak instead of 511 with gradient checkpointing (4 groups with images, 14 M parameters). It costs
+    page faults, which took small models up to 1.6 times as long: so it is for those who ask for memory.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system's C library
+        ctypes.CDLL("libc.so.6").mallopt(_MALLOPT_MMAP_THRESHOLD, 1 << 20)
 
 
 def pick_device(wanted: str) -> torch.device:

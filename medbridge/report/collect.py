@@ -16,6 +16,7 @@ from typing import Any
 
 from medbridge.data.items import SPLITS
 from medbridge.errors import MedbridgeError
+from medbridge.ledger import TRAINING as LEDGER_TRAINING
 from medbridge.ledger import Ledger, Stage, VerdictRow
 from medbridge.report.checks import changes, checks, losses, more, outlook
 from medbridge.report.records import curve, dig, estimate, mapping, number, numbers, text, whole
@@ -42,6 +43,7 @@ _NAMES = {
     "diagnose": "Diagnosis",
     "bridge": "Bridge",
     "sharpen": "Sharpen",
+    "mixed": "Bridge and sharpen",
     "evaluate": "Test",
     "control": "Control",
     "route": "Routing",
@@ -227,6 +229,9 @@ def _stage_views(
                 since=titles.get(whole(summary.get("since")) or 0),
                 lost=losses(summary),
                 undone=stage.stage_id in undone,
+                ways=_ways(stage),
+                kept_step=whole(summary.get("kept_step")),
+                held_out=number(summary.get("held_out_accuracy")),
             )
         )
     return views
@@ -254,11 +259,17 @@ def _undone(stages: Sequence[Stage]) -> set[int]:
     """The training stages that the diagnosis after them took back."""
     trained, found = None, set()
     for stage in stages:
-        if stage.kind in ("bridge", "sharpen"):
+        if stage.kind in LEDGER_TRAINING:
             trained = stage.stage_id
         elif stage.kind == "diagnose" and trained is not None and losses(mapping(stage.summary)):
             found.add(trained)
     return found
+
+
+def _ways(stage: Stage) -> dict[str, str]:
+    """What each stratum of a mixed stage was trained by."""
+    chosen = mapping(dig(stage.plan, "strata")) if stage.kind == "mixed" else {}
+    return {str(name): way for way, names in chosen.items() if isinstance(names, list) for name in names}
 
 
 def _seconds(stage: Stage) -> float | None:
@@ -272,7 +283,7 @@ def _planned_steps(stage: Stage, settings: Mapping[str, Any]) -> int | None:
     if stage.kind == "format":
         steps = number(dig(settings, "model", "from_nothing", "format_steps"))
     else:
-        section = {"bridge": "sft", "sharpen": "rl"}.get(stage.kind, "")
+        section = {"bridge": "sft", "sharpen": "rl", "mixed": "rl"}.get(stage.kind, "")
         steps = number(dig(stage.plan, section, "steps")) or number(stage.plan.get("steps"))
     return whole(steps)
 
@@ -298,7 +309,7 @@ def _strata(
 ) -> list[StratumView]:
     names = {record["stratum"] for record in items.values()}
     names |= {name for rows in verdicts.values() for name in rows}
-    names |= {name for stage in stages for name in stage.strata if stage.kind in ("bridge", "sharpen")}
+    names |= {name for stage in stages for name in stage.strata if stage.kind in LEDGER_TRAINING}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     option_counts: dict[str, set[int]] = defaultdict(set)
     for record in items.values():
@@ -306,14 +317,14 @@ def _strata(
         option_counts[record["stratum"]].add(len(record["options"] or ()))
     outcome = ledger.meta("outcome")
     outcome = outcome if isinstance(outcome, dict) else {}
-    trained = [view for view in views if view.kind in ("bridge", "sharpen") and view.done]
+    trained = [view for view in views if view.kind in LEDGER_TRAINING and view.done]
     found = []
     for name in sorted(names):
         final = outcome.get(name)
         stratum = StratumView(
             name=name,
-            path=[view.kind for view in trained if name in view.strata and not view.undone],
-            undone=[view.kind for view in trained if name in view.strata and view.undone],
+            path=[view.way(name) for view in trained if name in view.strata and not view.undone],
+            undone=[view.way(name) for view in trained if name in view.strata and view.undone],
             outcome=str(final["kind"]) if isinstance(final, dict) and final.get("kind") else None,
             counts=dict(counts[name]),
             option_counts=sorted(option_counts[name]),
@@ -321,7 +332,7 @@ def _strata(
         since: list[StageView] = []
         for view in views:
             row = verdicts[view.stage_id].get(name)
-            if view.kind in ("bridge", "sharpen"):
+            if view.kind in LEDGER_TRAINING:
                 since.append(view)
             elif view.kind == "diagnose" and row is not None:
                 back = bool(view.lost and stratum.measured)

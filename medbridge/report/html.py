@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from medbridge.metrics import METRICS
 from medbridge.report import charts
 from medbridge.report.charts import Reached, Series, figure
 from medbridge.report.checks import Findings, findings
@@ -55,53 +56,6 @@ CHECKS = {
     "blank": "Grey images",
     "shuffled": "Exchanged images",
 }
-
-METRICS = {
-    "reward": "Reward",
-    "accuracy": "Accuracy of samples",
-    "format": "Well-formed answers",
-    "loss": "Loss",
-    "signal": "Groups with unequal rewards",
-    "entropy": "Entropy (nats)",
-    "kl": "KL to the reference",
-    "completion_length": "Completion length (tokens)",
-    "learning_rate": "Learning rate",
-    "gradient_norm": "Gradient norm",
-    "tokens_per_second": "Tokens per second",
-    "clip_low": "Clipped at the low end",
-    "clip_high": "Clipped at the high end",
-    "groups_sampled": "Groups sampled",
-    "groups_without_signal": "Groups with equal rewards",
-    "masked": "Cut-off completions without a gradient",
-    "truncated": "Cut-off completions",
-    "rollout_ratio_mean": "Trainer over engine, mean ratio",
-    "rollout_ratio_max": "Trainer over engine, largest ratio",
-    "rollout_kl": "KL of engine and trainer (nats a token)",
-    "rollout_effective_sample_size": "Effective sample size of the rollouts",
-    "corrected": "Tokens beyond the correction's limits",
-    "off_policy": "Tokens left out as off-policy",
-    "staleness_mean": "Steps by which rollouts are behind",
-    "probe_difference": "Probe after a sync: mean difference (nats a token)",
-    "probe_worst": "Probe after a sync: largest difference (nats)",
-    "seconds_sampling": "Seconds waiting for rollouts",
-    "seconds_syncing": "Seconds bringing weights to the engine",
-    "seconds_probing": "of them in the probe",
-    "seconds_training": "Seconds training",
-    "seconds_loss": "Seconds in the loss and output layer",
-    "seconds_loss_plain": "The same with plain torch (estimate)",
-}
-
-_SHOWN_METRICS = {
-    "reward",
-    "accuracy",
-    "format",
-    "loss",
-    "signal",
-    "entropy",
-    "completion_length",
-    "gradient_norm",
-}
-"""Metrics that are drawn in sight; the others are folded away."""
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -302,17 +256,18 @@ class _Page:
                     rows.append((stratum.name, guess, [_at(last.ks, reached.value, k) for k in ks]))
         return ks, rows
 
-    def training_charts(self, stage: StageView) -> tuple[list[tuple[str, Markup]], list[tuple[str, Markup]]]:
-        """Drawings of the stage's metrics as (name, drawing): those in sight, and those folded away."""
+    def training_charts(self, stage: StageView) -> tuple[list[tuple[str, str, Markup]], list[tuple[str, str, Markup]]]:
+        """Drawings of the stage's metrics as (name, meaning, drawing): those in sight, and those folded away."""
         order = [*METRICS, *sorted(stage.metrics.keys() - METRICS.keys())]
-        drawn = [
-            (name, METRICS.get(name, short(name, 40)), stage.metrics[name]) for name in order if name in stage.metrics
-        ]
-        shown: list[tuple[str, Markup]] = []
-        folded: list[tuple[str, Markup]] = []
-        for name, label, points in drawn:
-            drawing = charts.training_chart(points, title=f"{stage.title}: {label}")
-            (shown if name in _SHOWN_METRICS else folded).append((label, drawing))
+        shown: list[tuple[str, str, Markup]] = []
+        folded: list[tuple[str, str, Markup]] = []
+        for name in order:
+            if name not in stage.metrics:
+                continue
+            known = METRICS.get(name)
+            label, meaning = (known.label, known.meaning) if known else (short(name, 40), "")
+            drawing = charts.training_chart(stage.metrics[name], title=f"{stage.title}: {label}")
+            (shown if known is not None and known.shown else folded).append((label, meaning, drawing))
         return shown, folded
 
     def share_bar(self, sample: Sample) -> Markup:

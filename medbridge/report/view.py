@@ -8,7 +8,7 @@ from typing import Any
 MEASURING = ("diagnose", "evaluate")
 """Kinds of stage that give verdicts."""
 
-TRAINING = ("format", "bridge", "sharpen")
+TRAINING = ("format", "bridge", "sharpen", "mixed")
 """Kinds of stage that train."""
 
 _LONGEST_NAME = 160
@@ -281,6 +281,7 @@ class StratumView:
 class StageView:
     """One stage. What isn't known is None, and a stage of one kind has no numbers of another.
 
+    `ways`: what each stratum of a mixed stage was trained by. `kept_step`: the step whose weights are its result.
     `changes` are a diagnosis's against the one titled `since`; `lost` says which support fell so that the training
     before it was taken back. `undone`: a training stage that was.
     """
@@ -311,6 +312,22 @@ class StageView:
     since: str | None
     lost: list[str]
     undone: bool
+    ways: dict[str, str]
+    kept_step: int | None
+    held_out: float | None
+
+    @property
+    def sharpens(self) -> bool:
+        """Whether it is trained by rewards, so that its loss says nothing about progress."""
+        return self.kind in ("sharpen", "mixed")
+
+    def way(self, stratum: str) -> str:
+        """How a stratum was trained in it: "bridge" or "sharpen"."""
+        return self.ways.get(stratum, self.kind)
+
+    def trained_by(self, way: str) -> list[str]:
+        """The strata that were trained in this way."""
+        return [name for name in self.strata if self.way(name) == way]
 
     @property
     def trains(self) -> bool:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from medbridge.train.groups import Rollouts
 from medbridge.train.optimization import OptimizerSettings
-from medbridge.train.rl import RlSettings, train_rl
-from medbridge.train.sft import Example, SftSettings, train_sft
+from medbridge.train.rl import train_rl
+from medbridge.train.rl_settings import RlSettings
+from medbridge.train.sft import Example, SftSettings, Supervision, train_sft
 
-__all__ = ["Example", "OptimizerSettings", "RlSettings", "Rollouts", "SftSettings", "train_rl", "train_sft"]
+__all__ = [
+    "Example",
+    "OptimizerSettings",
+    "RlSettings",
+    "Rollouts",
+    "SftSettings",
+    "Supervision",
+    "train_rl",
+    "train_sft",
+]

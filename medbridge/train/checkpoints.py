@@ -23,7 +23,9 @@ from torch import Tensor
 
 from medbridge.errors import MedbridgeError
 from medbridge.train.tensor_files import (
+    Stored,
     digest_of,
+    in_order,
     read_shapes,
     read_tensors,
     sync_folder,
@@ -75,7 +77,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
+        tensors: Mapping[str, Mapping[str, Stored]],
         state: Mapping[str, Any],
         score: float | None = None,
     ) -> Path:
@@ -169,7 +171,7 @@ class Checkpoints:
                 else:
                     left.unlink()
 
-    def _unwritable(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], error: OSError) -> MedbridgeError:
+    def _unwritable(self, step: int, tensors: Mapping[str, Mapping[str, Stored]], error: OSError) -> MedbridgeError:
         needed = sum(tensor.nbytes for entry in tensors.values() for tensor in entry.values()) / 1e9
         free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free / 1e9
         older = checkpoints(self.folder)
@@ -179,6 +181,17 @@ class Checkpoints:
             f"the older ones, and {free:.3g} GB are free. Make room there, or give a run folder on another disk; begun "
             f"again, the run resumes {resumes}."
         )
+
+
+def give_parts(tensors: Mapping[str, Mapping[str, Stored]]) -> None:
+    """What the other ranks do while rank 0 saves: give it their part of each tensor, in the order of the files.
+
+    Not torch's distributed checkpoint: one file for any number of ranks can be read by all of them, hashed while it is
+    written, and opened by any tool. It costs that rank 0 writes alone, and no memory: tensors come one at a time.
+    """
+    for name in tensors:
+        for key in in_order(tensors[name]):
+            tensors[name][key].detach()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -198,7 +211,7 @@ def best_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def _write(
-    part: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], score: float | None
+    part: Path, step: int, tensors: Mapping[str, Mapping[str, Stored]], state: Mapping[str, Any], score: float | None
 ) -> None:
     """Fill a folder with a whole checkpoint and sync it."""
     digests = {f"{name}.safetensors": write_tensors(part / f"{name}.safetensors", tensors[name]) for name in tensors}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from medbridge.errors import MedbridgeError
+from medbridge.train.held import is_sharded, local_part
 
 
 class Ema:
@@ -21,7 +22,8 @@ class Ema:
     bit. What float32 can't hold is a movement below half a unit in the last place of ref, so that ref stays within
     about 2^-24 / (1 - d) relative of a policy that no longer moves, instead of reaching it.
 
-    Under adapters only these are parameters: the average is that of the two factors, not that of their product.
+    Under adapters only these are parameters: the average is that of the two factors, not that of their product. Of
+    sharded parameters each rank averages its own part.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
@@ -34,29 +36,27 @@ class Ema:
             raise ValueError(f"the decay of an average lies in [0, 1), not at {decay}")
         self.decay = decay
         self._parameters = dict(parameters)
-        self.averages = {name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items()}
+        self.averages = {name: local_part(p).to(torch.float32, copy=True) for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Move every average towards its parameter, once."""
-        newest = [parameter.detach().float() for parameter in self._parameters.values()]
+        newest = [local_part(parameter).float() for parameter in self._parameters.values()]
         torch._foreach_lerp_(list(self.averages.values()), newest, 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model computes with the averages. Nothing is copied where parameters are float32.
+        """Within it the model computes with the averages. Nothing is copied where parameters are float32 and whole.
 
-        For forward passes without gradient. A graph that was recorded before may be open, and must not run backward
-        within it. Nothing may be updated, saved or drawn from the parameters meanwhile.
+        For forward passes without gradient. A graph that was recorded before may be open where parameters are whole,
+        and must not run backward within it. Nothing may be updated, saved or drawn from the parameters meanwhile.
         """
-        own = {name: parameter.data for name, parameter in self._parameters.items()}
+        own = {name: _set(p, self.averages[name].to(p.dtype)) for name, p in self._parameters.items()}
         try:
-            for name, parameter in self._parameters.items():
-                parameter.data = self.averages[name].to(parameter.dtype)
             yield
         finally:
             for name, parameter in self._parameters.items():
-                parameter.data = own[name]
+                _set(parameter, own[name])
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
         """Take over stored averages (float32, shaped as the parameters), bit for bit.
@@ -73,3 +73,16 @@ class Ema:
             )
         for name, tensor in averages.items():
             self.averages[name].copy_(tensor)
+
+
+@torch.no_grad()
+def _set(parameter: Tensor, value: Tensor) -> Tensor:
+    """Give a parameter, or this rank's part of it, another value; returns the one it had."""
+    part = local_part(parameter)
+    if not is_sharded(parameter):
+        before = parameter.data
+        parameter.data = value
+        return before
+    before = part.clone()  # FSDP gathers from memory of its own, whose content is what counts
+    part.copy_(value)
+    return before

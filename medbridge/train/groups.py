@@ -19,10 +19,11 @@ from medbridge.data.prompts import permutation
 from medbridge.errors import MedbridgeError
 from medbridge.rollout.engine import Graded, Request, SamplingSettings
 from medbridge.rollout.verify import check_versions
+from medbridge.train.advantages import Algorithm, differ
 from medbridge.train.optimization import Shuffle
 
 if TYPE_CHECKING:
-    from medbridge.train.rl import RlSettings
+    from medbridge.train.rl_settings import RlSettings
 
 
 class Rollouts(Protocol):
@@ -77,10 +78,10 @@ class Group:
     def rewards(self) -> list[float]:
         return [float(entry.reward) for entry in self.graded if entry.reward is not None]
 
-    def teaches(self, *, mask_truncated: bool) -> bool:
-        """Whether a gradient can come of it: rewards that differ, and a completion that counts."""
+    def teaches(self, *, mask_truncated: bool, algorithm: Algorithm = "group", k: int = 1) -> bool:
+        """Whether a gradient can come of it: rewards that make advantages, and a completion that counts."""
         counted = not mask_truncated or any(not is_truncated(entry) for entry in self.graded)
-        return counted and max(self.rewards) > min(self.rewards)
+        return counted and differ(algorithm, self.rewards, k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +119,16 @@ class GroupSampler:
         *,
         seed: int,
         position: int,
+        first_k: int = 1,
     ) -> None:
-        """`position` is the last finished batch's, 0 before the first."""
+        """`position` is the last finished batch's, 0 before the first; `first_k` as of `RlSettings.k_at`."""
         self.items = items
         self.settings = settings
         self.rollouts = rollouts
         self.sampling = sampling
         self.seed = seed
         self.position = position
+        self.first_k = first_k
         self._shuffle = Shuffle(len(items), seed)
 
     def draw(self, step: int, stopped: Callable[[], bool] = lambda: False) -> Batch:
@@ -158,14 +161,17 @@ class GroupSampler:
             known |= fresh
             for request in requests:
                 group = Group(request, tuple(known[request.item.id, sample] for sample in request.samples))
-                unwanted = self.settings.dynamic_sampling and not self._teaches(group)
+                unwanted = self.settings.dynamic_sampling and not self._teaches(group, step)
                 (left_out if unwanted else groups).append(group)
             if len(groups) == wanted:
                 break
         return Batch(groups, left_out, self.position, tokens, seconds)
 
-    def _teaches(self, group: Group) -> bool:
-        return group.teaches(mask_truncated=self.settings.mask_truncated)
+    def _teaches(self, group: Group, step: int) -> bool:
+        return group.teaches(
+            mask_truncated=self.settings.mask_truncated, algorithm=self.settings.advantage,
+            k=self.settings.k_at(step, self.first_k),
+        )  # fmt: skip
 
     def _next_requests(self, step: int, count: int, numbered: Counter[str]) -> list[Request]:
         """A request a group, for the next items. An item that comes up twice in a step has its samples numbered on.
@@ -219,11 +225,13 @@ def is_truncated(entry: Graded) -> bool:
     return entry.rollout.finish_reason == "length"
 
 
-def describe(batch: Batch, step: int, *, mask_truncated: bool) -> dict[str, float]:
+def describe(
+    batch: Batch, step: int, *, mask_truncated: bool, algorithm: Algorithm = "group", k: int = 1
+) -> dict[str, float]:
     """What was sampled in a step, groups that were left out included: rewards, form, length, signal and age."""
     sampled = batch.sampled
     groups = [*batch.groups, *batch.left_out]
-    teaching = sum(group.teaches(mask_truncated=mask_truncated) for group in groups)
+    teaching = sum(group.teaches(mask_truncated=mask_truncated, algorithm=algorithm, k=k) for group in groups)
     metrics = {
         "reward": _mean(group_reward for group in groups for group_reward in group.rewards),
         "accuracy": _mean(entry.outcome.status == "correct" for entry in sampled),
@@ -235,6 +243,8 @@ def describe(batch: Batch, step: int, *, mask_truncated: bool) -> dict[str, floa
         "groups_without_signal": float(len(groups) - teaching),
         "staleness_mean": _mean(step - 1 - entry.rollout.weights for entry in sampled),
     }
+    if algorithm != "group":
+        metrics["pass_k"] = float(k)
     if mask_truncated:
         metrics["masked"] = float(sum(is_truncated(entry) for group in batch.groups for entry in group.graded))
     if batch.tokens:

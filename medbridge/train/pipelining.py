@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from medbridge.train.groups import Batch, GroupSampler
 
 if TYPE_CHECKING:
-    from medbridge.train.rl import RlSettings
+    from medbridge.train.rl_settings import RlSettings
 
 PATIENCE_S = 15.0
 """How long a training that ends early waits for the sampling thread to come to the end of a portion."""

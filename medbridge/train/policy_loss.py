@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medbridge.model.policy import OutputLayer, Policy
+from medbridge.train.ranks import Ranks
 from medbridge_kernels import (
     LossConfig,
     LossOutputs,
@@ -80,10 +81,10 @@ class PolicyLoss:
                 hidden, token_ids=labels, temperature=self.temperature, impl=self.impl, **layer._asdict()
             )
 
-    def take_metrics(self) -> dict[str, float]:
-        """The loss's own metrics and the entropy over all tokens since the last call; none without tokens."""
+    def take_metrics(self, ranks: Ranks | None = None) -> dict[str, float]:
+        """The loss's own metrics and the entropy over all ranks' tokens since the last call; none without tokens."""
         taken, self._metrics = self._metrics, _Metrics()
-        return taken.means()
+        return taken.over(ranks or Ranks()).means()
 
     def take_seconds(self) -> dict[str, float]:
         """What was spent on the loss since the last call, in seconds.
@@ -156,6 +157,18 @@ class _Metrics:
                 self._sums[name] = self._sums.get(name, 0.0) + tokens * value
         if values.get("rollout_effective_sample_size"):  # (sum r)^2 / (count * sum r^2)
             self._squares += tokens * values["rollout_ratio_mean"] ** 2 / values["rollout_effective_sample_size"]
+
+    def over(self, ranks: Ranks) -> _Metrics:
+        """Those of the tokens of all ranks together."""
+        merged = _Metrics()
+        for tokens, sums, largest, squares in ranks.gather([self._tokens, self._sums, self._largest, self._squares]):
+            merged._tokens += tokens
+            merged._squares += squares
+            for name, value in sums.items():
+                merged._sums[name] = merged._sums.get(name, 0.0) + value
+            for name, value in largest.items():
+                merged._largest[name] = max(merged._largest.get(name, value), value)
+        return merged
 
     def means(self) -> dict[str, float]:
         means = {name: value / self._tokens for name, value in self._sums.items()}

@@ -20,10 +20,18 @@ from medbridge.data.items import Item, Permutation
 from medbridge.data.prompts import PromptSettings
 from medbridge.model.policy import BANNED_LOGIT, ModelSettings, OutputLayer, Policy
 from medbridge.train.optimization import OptimizerSettings, Shuffle, Trainable
+from medbridge.train.ranks import Ranks
 from medbridge_kernels import LossConfig, linear_grpo_loss
 
 OnStep = Callable[[int, dict[str, float], list[str]], None]
 """Called after each optimizer step with the step (from 1), its metrics and the ids of its items."""
+
+Score = Callable[[int], float]
+"""How good the model is on held-out items, finite, the higher the better.
+
+Called with the step, after the update of each step behind which a checkpoint is saved, and of the last one. Weights and
+training mode are to be left as they are. Under rl.staleness the sampling thread is at work meanwhile.
+"""
 
 TOKENS = (
     "Tokens in memory at once; the gradient is the same. A prompt counts once for all completions that share it, and "
@@ -71,6 +79,88 @@ class Examples(Protocol):
     def example(self, index: int, visit: int) -> Example: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """What is imitated, and in which portions.
+
+    Attributes:
+        examples: what a batch is made of.
+        replay: what a share of it (`settings.replay_share`) is taken from, against forgetting; None where nothing is.
+        settings: of these a step beside RL reads batch_size, replay_share and the micro-batches' budget; its steps and
+            optimizer are the RL settings'.
+        weight: of the mean cross-entropy in the loss of a step beside RL.
+    """
+
+    examples: Examples
+    replay: Examples | None
+    settings: SftSettings
+    weight: float = 1.0
+
+
+class SupervisedTerm:
+    """The supervised part of each step: its examples, and their gradient."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        supervision: Supervision,
+        prompts: PromptSettings,
+        images: ImageCache,
+        *,
+        seed: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """The order of the examples depends on `seed` only. Of several ranks, rank 0 draws them."""
+        self.ranks = ranks or Ranks()
+        self.policy = policy
+        self.settings = supervision.settings
+        self.weight = supervision.weight
+        self.prompts = prompts
+        self.images = images
+        size, replay = self.settings.batch_size, supervision.replay
+        share = self.settings.replay_share if replay is not None and len(replay) else 0.0
+        replayed = min(round(size * share), size - 1)  # at least one example is bridged
+        self._streams = [(supervision.examples, Shuffle(len(supervision.examples), seed), size - replayed)]
+        if replay is not None and replayed:
+            self._streams.append((replay, Shuffle(len(replay), seed + 1), replayed))
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of a step, counted from 1: the same at each call."""
+        drawn: list[Example] = self.ranks.share(
+            lambda: [
+                source.example(index, visit)
+                for source, shuffle, size in self._streams
+                for index, visit in shuffle.take((step - 1) * size, size)
+            ]
+        )
+        return drawn
+
+    def backward(self, batch: Sequence[Example]) -> tuple[float, int]:
+        """Add the gradient of `weight` times the mean loss; returns that mean (nats) and the number of its tokens.
+
+        The mean is that over all completion tokens of the batch, however they fall into micro-batches.
+        """
+        policy, settings = self.policy, self.settings
+        encoded = [policy.encode(entry.item, [entry.order], self.prompts, self.images)[0] for entry in batch]
+        completions = [policy.completion_ids(entry.completion) for entry in batch]
+        total = sum(map(len, completions))
+        own = self.ranks.deal_rows(policy, encoded, [len(ids) for ids in completions])
+        encoded, completions = [encoded[at] for at in own], [completions[at] for at in own]
+        loss = 0.0
+        for part, packed in self.ranks.micro_batches(
+            policy, encoded, completions, tokens=settings.micro_batch_tokens, most=settings.micro_batch_size
+        ):
+            hidden = policy.packed_hidden(packed)
+            if not part:
+                self.ranks.idle(hidden)
+                continue
+            share = cross_entropy(policy, hidden, packed.labels) / total
+            (self.weight * share).backward()
+            loss += float(share.detach())
+        (loss,) = self.ranks.total(loss)
+        return loss, total
+
+
 def train_sft(
     policy: Policy,
     examples: Examples,
@@ -85,52 +175,44 @@ def train_sft(
     on_start: Callable[[int], None],
     on_step: OnStep,
     say: Callable[[str], None] = warnings.warn,
+    score: Score | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train `policy` in place; resumes from the latest checkpoint under `checkpoints`.
 
-    The loss is the mean cross-entropy (nats) over all completion tokens of the step, however they fall into
-    micro-batches. `on_start` is told the step from which training goes on, `say` of skipped steps and damaged
-    checkpoints.
+    The loss is the mean cross-entropy (nats) over all completion tokens of the step. `on_start` is told the step from
+    which training goes on, `say` of skipped steps and damaged checkpoints. Several ranks call it together; what is
+    called back, and `policy` in the end, is then rank 0's.
     """
-    trainable = Trainable(policy, model, settings, settings.steps, seed=seed, say=say)
+    ranks = ranks or Ranks()
+    trainable = Trainable(policy, model, settings, settings.steps, seed=seed, say=say, ranks=ranks)
     start = trainable.restore(checkpoints)
-    on_start(start)
-    share = settings.replay_share if replay is not None and len(replay) else 0.0
-    replayed = min(round(settings.batch_size * share), settings.batch_size - 1)  # at least one example is bridged
-    streams = [(examples, Shuffle(len(examples), seed), settings.batch_size - replayed)]
-    if replay is not None and replayed:
-        streams.append((replay, Shuffle(len(replay), seed + 1), replayed))
+    ranks.lead(on_start, start)
+    supervision = Supervision(examples, replay, settings)
+    supervised = SupervisedTerm(trainable.policy, supervision, prompts, images, seed=seed, ranks=ranks)
     for step in range(start + 1, settings.steps + 1):
         began = time.perf_counter()
-        batch = [
-            source.example(index, visit)
-            for source, shuffle, size in streams
-            for index, visit in shuffle.take((step - 1) * size, size)
-        ]
+        batch = supervised.batch(step)
         trainable.begin(step)
-        loss, tokens = _accumulate(policy, batch, settings, prompts, images)
+        loss, tokens = supervised.backward(batch)
         metrics = {"loss": loss, **trainable.step(step, loss)}
-        metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
-        on_step(step, metrics, [example.item.id for example in batch])
-        if step % settings.checkpoint_every == 0 and step < settings.steps:
-            trainable.save(checkpoints, step)
+        metrics["seconds_training"] = time.perf_counter() - began
+        metrics["tokens_per_second"] = tokens / metrics["seconds_training"]
+        saves = step % settings.checkpoint_every == 0 and step < settings.steps
+        if saves or step == settings.steps:
+            trainable.publish()
+        held_out = ranks.share(scored, score if saves or step == settings.steps else None, step)
+        if held_out is not None:
+            metrics["held_out_accuracy"] = held_out
+        ranks.lead(on_step, step, metrics, [example.item.id for example in batch])
+        if saves:
+            trainable.save(checkpoints, step, score=held_out)
     trainable.finish()
 
 
-def _accumulate(
-    policy: Policy, batch: Sequence[Example], settings: SftSettings, prompts: PromptSettings, images: ImageCache
-) -> tuple[float, int]:
-    """Accumulate the gradient of a step's mean loss; returns the loss and the number of its tokens."""
-    encoded = [policy.encode(entry.item, [entry.order], prompts, images)[0] for entry in batch]
-    completions = [policy.completion_ids(entry.completion) for entry in batch]
-    total = sum(map(len, completions))
-    loss = 0.0
-    for part in policy.plan(encoded, completions, tokens=settings.micro_batch_tokens, most=settings.micro_batch_size):
-        packed = policy.pack([encoded[at] for at in part], [completions[at] for at in part])
-        share = cross_entropy(policy, policy.packed_hidden(packed), packed.labels) / total
-        share.backward()
-        loss += float(share.detach())
-    return loss, total
+def scored(score: Score | None, step: int) -> float | None:
+    """The score of a step, where there is one to be asked for."""
+    return None if score is None else score(step)
 
 
 def cross_entropy(policy: Policy, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -22,13 +23,37 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+class Stored(Protocol):
+    """A tensor, or what says of itself what a tensor does and has one when it is written."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def element_size(self) -> int: ...
+
+    def detach(self) -> Tensor: ...
+
+
+def in_order(tensors: Mapping[str, Stored]) -> list[str]:
+    """Names in the order in which they are written.
+
+    Wide types first: each tensor is aligned to its own item size, as the format asks.
+    """
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Stored]) -> str:
     """Write a safetensors file and sync it; the SHA-256 of its bytes in hexadecimal.
 
     Tensors on a GPU come to the host one at a time.
     """
-    # Wide types first: each tensor is aligned to its own item size, as the format asks.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = in_order(tensors)
     header, at = {}, 0
     for name in names:
         tensor = tensors[name]
@@ -43,7 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return _write(path, len(encoded).to_bytes(8, "little") + encoded, (_bytes(tensors[name]) for name in names))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Stored) -> memoryview:
     flat = tensor.detach().cpu().contiguous().view(-1)
     flat = flat.as_strided(flat.shape, (1,))  # one item or none may claim any stride, and then has no view as bytes
     return flat.view(torch.uint8).numpy().data

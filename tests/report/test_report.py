@@ -15,6 +15,7 @@ import pytest
 
 import medbridge.report.html
 from medbridge.errors import MedbridgeError
+from medbridge.metrics import METRICS
 from medbridge.report import summarise, write_report
 from medbridge.report.samples import excerpt
 from medbridge.support import GateSettings
@@ -228,6 +229,42 @@ def test_a_training_stage_that_was_cut_off(fabricate: Callable[..., Any]) -> Non
     text = " ".join(report(run)[0].text.split())
     assert "Stopped Bridge has begun: 30 of 100 steps; the last entry is" in text
     assert "30 of 100" in text
+
+
+def test_training_curves_are_drawn_and_explained(fabricate: Callable[..., Any]) -> None:
+    run = fabricate(samples=4)
+    run.describe()
+    run.draw("plane", "train", 10, ("axial", "coronal"), "Which plane?")
+    run.train("sharpen", ["plane"], steps=12)
+    stage = run.ledger.stages()[-1].stage_id
+    for step in range(1, 13):
+        for name, value in (("mfu", 0.3), ("held_out_accuracy", 0.4 + step / 100), ("a_new_one", 1.0)):
+            run.sql("INSERT INTO metrics VALUES (?,?,?,?)", stage, step, name, value)
+    told = " ".join(report(run)[0].text.split())
+    for name in ("reward", "entropy", "held_out_accuracy", "mfu", "clip_high", "gradient_norm"):
+        assert METRICS[name].label in told and METRICS[name].meaning in told, name
+    assert "a_new_one" in told
+
+
+def test_a_mixed_stage_says_what_was_trained_how_and_which_weights_were_kept(fabricate: Callable[..., Any]) -> None:
+    run = fabricate(samples=4)
+    run.describe()
+    for name in ("plane", "tissue"):
+        for split in ("train", "validation"):
+            run.draw(name, split, 10, ("axial", "coronal"), "Which?")
+    run.measure("diagnose", {"plane": (0.2, 60, 0.0), "tissue": (0.8, 60, 0.0)})
+    run.train("mixed", ["plane", "tissue"], steps=12)
+    stage = run.ledger.stages()[-1]
+    plan = {"rl": {"steps": 12}, "strata": {"bridge": ["plane"], "sharpen": ["tissue"]}}
+    summary = {**stage.summary, "held_out_accuracy": 0.625, "kept_step": 8}
+    how = "UPDATE stages SET plan = ?, summary = ? WHERE stage_id = ?"
+    run.sql(how, json.dumps(plan), json.dumps(summary), stage.stage_id)
+    text = " ".join(report(run)[0].text.split())
+    assert "plane bridged; tissue sharpened" in text
+    assert "own samples and auto" in text and "held-out Acc@1 0.62, weights of step 8" in text
+    found = summarise(run.folder)
+    assert found["stages"][-1]["trained_by"] == {"plane": "bridge", "tissue": "sharpen"}
+    assert found["strata"]["plane"]["trained"] == ["bridge"] and found["stages"][-1]["kept_step"] == 8
 
 
 def test_a_base_model_tested_before_any_training(fabricate: Callable[..., Any]) -> None:

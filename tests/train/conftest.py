@@ -90,13 +90,14 @@ def sft(tmp_path: Path, images: ImageCache) -> Callable[..., Log]:
         checkpoints: Path | None = None,
         kill_at: int | None = None,
         seed: int = 0,
+        score: Callable[[int], float] | None = None,
         **settings: Any,
     ) -> Log:
         log, on_start, on_step = callbacks(kill_at)
         train_sft(
             policy, examples, replay, SftSettings(**{**defaults, **settings}), model=model or ModelSettings(),
             prompts=PROMPT, images=images, seed=seed, checkpoints=checkpoints or tmp_path / "checkpoints",
-            on_start=on_start, on_step=on_step,
+            on_start=on_start, on_step=on_step, score=score,
         )  # fmt: skip
         return log
 
@@ -168,7 +169,7 @@ def rollouts_of() -> type[Rollouts]:
 
 @pytest.fixture
 def rl(tmp_path: Path, images: ImageCache) -> Callable[..., Log]:
-    """`train_rl` with small defaults; keywords as for `sft`, and `store` with the rollouts by step."""
+    """`train_rl` with small defaults; keywords as for `sft`, `store` with rollouts by step, `more` of `train_rl`."""
     defaults: dict[str, Any] = {
         "steps": 6, "prompts_per_step": 3, "completions": 4, "micro_batch_size": 5, "learning_rate": 2e-3,
         "warmup_steps": 1,
@@ -185,6 +186,7 @@ def rl(tmp_path: Path, images: ImageCache) -> Callable[..., Log]:
         store: dict[int, list[Graded]] | None = None,
         rollouts: Any = None,
         rollout: SamplingSettings | None = None,
+        more: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Log:
         log, on_start, on_step = callbacks(kill_at)
@@ -193,7 +195,7 @@ def rl(tmp_path: Path, images: ImageCache) -> Callable[..., Log]:
             rollouts or Rollouts(policy, images, seed=seed, store={} if store is None else store),
             model=model or ModelSettings(), prompts=PROMPT, images=images,
             rollout=rollout or SamplingSettings(max_new_tokens=8), seed=seed,
-            checkpoints=checkpoints or tmp_path / "checkpoints", on_start=on_start, on_step=on_step,
+            checkpoints=checkpoints or tmp_path / "checkpoints", on_start=on_start, on_step=on_step, **(more or {}),
         )  # fmt: skip
         return log
 

@@ -75,9 +75,9 @@ class Scripted:
         raise AssertionError("nothing here rests")
 
 
-def sampler(items: Sequence[Item], rollouts: Any, position: int = 0, **settings: Any) -> GroupSampler:
+def sampler(items: Sequence[Item], rollouts: Any, position: int = 0, first_k: int = 1, **settings: Any) -> GroupSampler:
     chosen = RlSettings(**{"prompts_per_step": 3, "completions": 4, **settings})
-    return GroupSampler(items, chosen, rollouts, SamplingSettings(), seed=0, position=position)
+    return GroupSampler(items, chosen, rollouts, SamplingSettings(), seed=0, position=position, first_k=first_k)
 
 
 def ids(groups: Sequence[Group]) -> list[str]:
@@ -151,6 +151,32 @@ def test_groups_without_a_signal_are_replaced(train_items: list[Item]) -> None:
     assert metrics["groups_sampled"] == 6 and metrics["groups_without_signal"] == 3 and metrics["signal"] == 0.5
     assert metrics["reward"] == pytest.approx((3 * 4 + 3) / 24)  # of all that was sampled
     assert ids(drawing.draw(2).groups)[0] == order[6]
+
+
+@pytest.mark.parametrize(("advantage", "loss"), [("pkpo", "dr_grpo"), ("pass_at_k", "grpo")])
+def test_groups_without_a_signal_for_the_best_of_k_are_replaced(
+    advantage: str, loss: str, train_items: list[Item]
+) -> None:
+    """With k = 3 of 4: by pkpo two wrong ones must lie below a right one, and by pass_at_k three. With k = 1 one."""
+    order = [train_items[index].id for index, _ in Shuffle(len(train_items), 0).take(0, 12)]
+    right = {order[0]: 1, order[1]: 2, order[2]: 3}  # all others: one
+    rollouts = Scripted(lambda item_id, sample, step: float(sample < right.get(item_id, 1)))
+    settings: dict[str, Any] = {
+        "advantage": advantage,
+        "loss": loss,
+        "steps": 2,
+        "anneal_share": 0.5,
+        "dynamic_sampling": 1,
+    }
+    drawing = sampler(train_items, rollouts, first_k=3, **settings)
+    left_out = [order[2]] if advantage == "pkpo" else [order[1], order[2]]
+    batch = drawing.draw(1)
+    assert ids(batch.left_out) == left_out
+    assert describe(batch, 1, mask_truncated=False)["groups_without_signal"] == 0
+    metrics = describe(batch, 1, mask_truncated=False, algorithm=advantage, k=3)  # type: ignore[arg-type]
+    assert metrics["groups_without_signal"] == len(left_out) and metrics["pass_k"] == 3
+    again = sampler(train_items, rollouts, first_k=3, **settings)
+    assert not again.draw(2).left_out  # k has come down to 1
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

@@ -16,11 +16,12 @@ from medbridge.data import ImageCache, Item, Outcome, PromptSettings, permutatio
 from medbridge.errors import MedbridgeError
 from medbridge.model import LoraSettings, ModelSettings, Policy
 from medbridge.rollout import Graded, Request, SamplingSettings, TransformersEngine
-from medbridge.train import RlSettings
+from medbridge.train import RlSettings, SftSettings, Supervision
 from medbridge.train.groups import Batch, Group, GroupSampler
-from medbridge.train.learner import Learner
+from medbridge.train.learner import Learner, _deal
 from medbridge.train.optimization import Trainable
 from medbridge.train.rewards import reward
+from medbridge.train.sft import SupervisedTerm
 
 PROMPT = PromptSettings(answer_style="text", system="")
 LIMIT = 8
@@ -159,10 +160,14 @@ def shorten(entry: Graded, count: int) -> Graded:
     return dataclasses.replace(entry, rollout=cut)
 
 
+def rows_of(learner: Learner, batch: Batch) -> list[Any]:
+    return learner._rows(batch, learner._encode(batch), [group.rewards for group in batch.groups], 1)
+
+
 def padded_gradient(policy: Policy, batch: Batch, images: ImageCache) -> tuple[dict[str, torch.Tensor], float]:
     """Gradient and loss of the one update of a batch from padded rows that each repeat their prompt."""
     learner = Learner(policy, RlSettings(temperature=0.8, completions=4), PROMPT, images, LIMIT)
-    rows = learner._rows(batch)
+    rows = rows_of(learner, batch)
     moved = [row for row in rows if row.moves]
     collated = policy.collate([row.prompt for row in moved], [row.rollout.token_ids.tolist() for row in moved])
     loss, _ = learner.loss.backward(
@@ -259,7 +264,7 @@ def test_no_kl_keeps_no_copy_and_reports_none(
 ) -> None:
     policy = load_policy(trainable=True)
     learner = Learner(policy, RlSettings(completions=4), PROMPT, images, LIMIT)
-    assert learner.reference is None
+    assert learner.first is None
     batch = sampled(policy, train_items[:3], images, REWARDS, 4)
     assert "kl" not in learner.update(1, batch, Recorder(policy))  # type: ignore[arg-type]
 
@@ -282,6 +287,179 @@ def test_several_updates_share_out_the_batch_and_clip(
     # and still the engine is compared with the policy that the step began with
     assert metrics["rollout_ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert metrics["rollout_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("groups", "updates"), [(6, 2), (5, 3), (3, 3), (2, 5), (1, 2), (4, 1), (0, 2)])
+def test_updates_take_whole_groups(
+    groups: int, updates: int, load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
+) -> None:
+    """So that a prompt is encoded in one update only; with fewer groups than updates rows are shared out."""
+    policy = load_policy(trainable=True)
+    learner = Learner(policy, RlSettings(completions=4), PROMPT, images, LIMIT)
+    rows = rows_of(learner, sampled(policy, train_items[:groups], images, REWARDS[:4] * groups, 4))
+    parts = _deal(rows, updates, 1)
+    assert len(parts) == updates
+    assert sorted(id(row) for part in parts for row in part) == sorted(map(id, rows))
+    prompts = [{id(row.prompt) for row in part} for part in parts]
+    if groups >= updates:
+        assert sum(map(len, prompts)) == groups
+        assert max(map(len, prompts)) - min(map(len, prompts)) <= 1
+    else:
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    if groups:
+        assert [[id(row) for row in part] for part in _deal(rows, updates, 2)] != [list(map(id, p)) for p in parts]
+
+
+# -- the best of k -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("advantage", "loss"), [("pkpo", "dr_grpo"), ("pass_at_k", "grpo")])
+def test_the_best_of_k_takes_the_place_of_the_groups_advantage(
+    advantage: Any, loss: Any, load_policy: Callable[..., Policy], train_items: list[Item], images: ImageCache
+) -> None:
+    """Group 1 has two right answers of four and group 2 one: three of the first are never all wrong."""
+    policy = load_policy(trainable=True)
+    batch = sampled(policy, train_items[:2], images, (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0), 4)
+    settings = {"advantage": advantage, "loss": loss, "pass_k": 3, "completions": 4, "temperature": 0.8, "steps": 4}
+    recorder = Recorder(policy)
+    learner = Learner(policy, RlSettings(**settings), PROMPT, images, LIMIT, first_k=3)
+    metrics = [learner.update(step, batch, recorder) for step in (1, 2, 3)]  # type: ignore[arg-type]
+    assert [each["pass_k"] for each in metrics] == [3.0, 2.0, 1.0]
+    # pkpo compares with the best of two others, which may both be wrong
+    assert [each["signal"] for each in metrics] == ([1.0, 1.0, 1.0] if advantage == "pkpo" else [0.5, 1.0, 1.0])
+    ordinary, plain = gradient(policy, batch, images, loss=loss)
+    assert "pass_k" not in plain
+    assert_close(recorder.gradients[2], ordinary)
+    low, high = -(3**-1.5), 3**-0.5
+    by_hand: dict[str, list[float]] = {
+        "pkpo": [1, 0, 1, 0, 0, 0, 0, 3],
+        "pass_at_k": [0, 0, 0, 0, low, low, low, high],
+    }
+    rows = learner._rows(batch, learner._encode(batch), [group.rewards for group in batch.groups], 3)
+    assert [row.advantage for row in rows] == pytest.approx(by_hand[advantage], abs=1e-6)
+    assert [row.moves for row in rows] == [value != 0 for value in by_hand[advantage]]
+    learner._optimize(rows, [], 1, recorder)  # type: ignore[arg-type]
+    assert_close(recorder.gradients[0], recorder.gradients[3])
+
+
+def test_a_stage_anneals_from_the_diagnosed_k(
+    formed: Path, load_policy: Callable[..., Policy], rl: Callable[..., Any], train_items: list[Item]
+) -> None:
+    settings = {"advantage": "pass_at_k", "anneal_share": 0.7, "dynamic_sampling": 1}
+    with pytest.raises(MedbridgeError, match=r"rl\.pass_k is diagnosed, and no diagnosis has named a k"):
+        rl(load_policy(path=formed, trainable=True), train_items, **settings)
+    log = rl(load_policy(path=formed, trainable=True), train_items, more={"diagnosed_k": 3}, **settings)
+    assert log.series("pass_k") == [3.0, 3.0, 2.0, 2.0, 1.0, 1.0]
+    with pytest.warns(UserWarning, match=r"diagnosed k is 16, .* takes 3 at most"):
+        log = rl(load_policy(path=formed, trainable=True), train_items, steps=1, more={"diagnosed_k": 16}, **settings)
+    assert log.series("pass_k") == [3.0]
+
+
+# -- a mixed step --------------------------------------------------------------------------------------------------
+
+
+def doubled(load_policy: Callable[..., Policy]) -> Policy:
+    loaded = load_policy(trainable=True)
+    return Policy(loaded.model.double().train(), loaded.processor, path=loaded.path, compute_dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+@pytest.mark.parametrize(("weight", "bound"), [(1.0, 1e-13), (0.5, 1e-13), (0.3, 1e-6)])
+def test_a_mixed_step_is_the_sum_of_both_gradients(
+    weight: float, bound: float, kl: float, load_policy: Callable[..., Policy], answers: Any, train_items: list[Item],
+    images: ImageCache,
+) -> None:  # fmt: skip
+    """In float64: each term by its own count, one update. (transformers norms in float32: only halves scale.)"""
+    policy = doubled(load_policy)
+    batch = sampled(policy, train_items[:3], images, REWARDS, 4)
+    imitated = Supervision(answers(train_items[4:]), None, SftSettings(batch_size=3, micro_batch_size=2), weight)
+    recorder = Recorder(policy)
+    settings = RlSettings(temperature=0.8, completions=4, micro_batch_size=5, kl_coefficient=kl)
+    Learner(policy, settings, PROMPT, images, LIMIT).update(2, batch, recorder)  # type: ignore[arg-type]
+    term = SupervisedTerm(policy, imitated, PROMPT, images, seed=7)
+    alone = SupervisedTerm(
+        policy, Supervision(imitated.examples, None, imitated.settings), PROMPT, images, seed=7
+    )  # of weight 1
+    loss, _ = alone.backward(alone.batch(2))
+    recorder.step(2, loss)
+    learner = Learner(policy, settings, PROMPT, images, LIMIT, supervised=term)
+    metrics = learner.update(2, batch, recorder)  # type: ignore[arg-type]
+    sharpened, bridged, mixed = recorder.gradients
+    assert metrics["sft_loss"] == pytest.approx(loss, rel=1e-12)
+    scale = max(float(value.abs().max()) for value in mixed.values())
+    for name, value in mixed.items():
+        parts = sharpened.get(name, torch.zeros_like(value)) + weight * bridged[name]
+        torch.testing.assert_close(value, parts, atol=bound * scale, rtol=0, msg=name)
+    for part in (sharpened, bridged):
+        assert max(float(value.abs().max()) for value in part.values()) > 1e-3 * scale
+
+
+def test_a_mixed_step_imitates_where_no_group_teaches(
+    load_policy: Callable[..., Policy], rl: Callable[..., Any], sft: Callable[..., Any], rollouts_of: Any,
+    answers: Any, train_items: list[Item], images: ImageCache,
+) -> None:  # fmt: skip
+    """It is then a bridge step, bit by bit, with the optimizer of the sharpen stage."""
+    optimizer = {"steps": 4, "learning_rate": 2e-3, "warmup_steps": 1, "schedule": "constant"}
+    bridged, mixed = load_policy(trainable=True), load_policy(trainable=True)
+    log = sft(bridged, answers(train_items), batch_size=4, **optimizer)
+    same = rollouts_of(mixed, images, seed=0, store={}, score=lambda item, entry: 1.1)
+    both = rl(
+        mixed, train_items, rollouts=same, more={"supervised": Supervision(answers(train_items), None, SftSettings(
+            batch_size=4, micro_batch_size=4, learning_rate=1.0))}, **optimizer,
+    )  # fmt: skip
+    assert both.series("sft_loss") == log.series("loss")
+    assert both.series("loss") == [0.0] * 4
+    assert all(torch.equal(t, mixed.model.state_dict()[name]) for name, t in bridged.model.state_dict().items())
+    assert [ids[3:] for ids in both.items.values()] == list(log.items.values())
+
+
+def test_updates_of_a_mixed_step_share_its_examples(
+    load_policy: Callable[..., Policy], answers: Any, train_items: list[Item], images: ImageCache
+) -> None:
+    policy = load_policy(trainable=True)
+    batch = sampled(policy, train_items[:3], images, REWARDS, 4)
+    seen: list[list[str]] = []
+
+    class Listening(SupervisedTerm):
+        def backward(self, batch: Any) -> tuple[float, int]:
+            seen.append([example.item.id for example in batch])
+            return super().backward(batch)
+
+    for size, updates, made in ((5, 3, 3), (2, 3, 3), (1, 3, 3)):
+        seen.clear()
+        term = Listening(
+            policy, Supervision(answers(train_items), None, SftSettings(batch_size=size)), PROMPT, images, seed=0
+        )
+        recorder = Recorder(policy)
+        settings = RlSettings(temperature=0.8, completions=4, updates_per_batch=updates)
+        metrics = Learner(policy, settings, PROMPT, images, LIMIT, supervised=term).update(1, batch, recorder)  # type: ignore[arg-type]
+        assert 2 <= len(recorder.gradients) <= made  # an update with neither rows nor examples isn't made
+        assert [item for part in seen for item in part] == [example.item.id for example in term.batch(1)]
+        assert max(map(len, seen)) - min(map(len, seen)) <= 1
+        assert metrics["sft_loss"] > 0
+
+
+def test_the_score_of_each_checkpoint_and_of_the_last_step(
+    formed: Path, load_policy: Callable[..., Policy], rl: Callable[..., Any], sft: Callable[..., Any], answers: Any,
+    train_items: list[Item], tmp_path: Path,
+) -> None:  # fmt: skip
+    """The best checkpoint stays beside the newest, and a score that draws random numbers changes nothing."""
+    final_weights = []
+    for score in (lambda step: float(torch.rand(())) - step, None):
+        policy = load_policy(path=formed, trainable=True)
+        folder = tmp_path / f"rl {score is None}"
+        options = {"steps": 7, "checkpoint_every": 2, "keep_checkpoints": 1, "checkpoints": folder}
+        log = rl(policy, train_items, more={"score": score}, **options)
+        scored = [step for step, metrics in log.metrics.items() if "held_out_accuracy" in metrics]
+        assert scored == ([] if score is None else [2, 4, 6, 7])
+        kept = sorted(path.name for path in folder.glob("step-*"))
+        assert kept == (["step-000006"] if score is None else ["step-000002", "step-000006"])
+        final_weights.append(final(policy))
+        other = tmp_path / f"sft {score is None}"
+        log = sft(load_policy(trainable=True), answers(train_items), score=score, **{**options, "checkpoints": other})
+        assert [step for step, metrics in log.metrics.items() if "held_out_accuracy" in metrics] == scored
+        assert sorted(path.name for path in other.glob("step-*")) == kept
+    assert all(torch.equal(value, final_weights[1][name]) for name, value in final_weights[0].items())
 
 
 # -- engine and trainer --------------------------------------------------------------------------------------------
@@ -379,11 +557,11 @@ def test_cut_completions_count_in_the_baseline_and_give_no_gradient(
     # by hand: the gradient of all rows, less that of the two
     whole, _ = gradient(policy, batch, images, **settings)
     learner = Learner(policy, RlSettings(**settings), PROMPT, images, LIMIT)
-    rows = learner._rows(batch)
+    rows = rows_of(learner, batch)
     for number, row in enumerate(rows):
         row.moves = number in (0, 5)
     recorder = Recorder(policy)
-    learner._optimize(rows, 1, recorder)  # type: ignore[arg-type]
+    learner._optimize(rows, [], 1, recorder)  # type: ignore[arg-type]
     assert_close(masked, {name: whole[name] - recorder.gradients[0][name] for name in whole})
 
 
@@ -548,18 +726,30 @@ def test_the_reward_is_accuracy_plus_form() -> None:
         (5, {"model": ModelSettings(lora=LoraSettings(rank=4, dropout=0.1))}),
         (2, {"model": ModelSettings(lora=LoraSettings(rank=4))}),
         (5, {"dynamic_sampling": 2}),
+        (5, {"advantage": "pkpo", "loss": "dr_grpo", "pass_k": 4, "anneal_share": 1.0, "dynamic_sampling": 1}),
+        (5, {"consistency_weight": 0.5, "ema_decay": 0.5, "ema_every": 2}),
+        (4, {"consistency_weight": 0.5, "ema_decay": 0.5, "model": ModelSettings(lora=LoraSettings(rank=4))}),
+        (5, {"kl_coefficient": 0.1, "kl_reference": "ema", "ema_decay": 0.5, "updates_per_batch": 2}),
+        (5, {"kl_coefficient": 0.1, "model": ModelSettings(lora=LoraSettings(rank=4, dropout=0.1))}),
+        (5, {"supervised": True, "updates_per_batch": 2, "model": ModelSettings(lora=LoraSettings(dropout=0.1))}),
     ],
     ids=[
         "before a checkpoint", "behind a checkpoint", "kl, two updates", "adapters", "adapters, no checkpoint",
-        "groups replaced",
+        "groups replaced", "pkpo", "consistency", "consistency, adapters", "kl to the average", "kl, adapters", "mixed",
     ],
 )  # fmt: skip
 def test_a_stage_cut_off_ends_with_the_same_bits(
     kill_at: int, changes: dict[str, Any], formed: Path, load_policy: Callable[..., Policy], rl: Callable[..., Any],
-    killed: type[Exception], train_items: list[Item], tmp_path: Path,
+    killed: type[Exception], train_items: list[Item], answers: Any, tmp_path: Path,
 ) -> None:  # fmt: skip
     """The killed process had stored the rollouts of its last step, and the resumed one trains on them."""
     lora = changes["model"].lora if "model" in changes else None
+    if changes.get("supervised"):
+        examples = Supervision(
+            answers(train_items), answers(train_items[:4]), SftSettings(batch_size=4, replay_share=0.3)
+        )
+        changes = {name: value for name, value in changes.items() if name != "supervised"}
+        changes["more"] = {"supervised": examples}
     straight: dict[int, list[Graded]] = {}
     whole = load_policy(path=formed, trainable=True, lora=lora)
     log = rl(whole, train_items, store=straight, checkpoints=tmp_path / "straight", checkpoint_every=3, **changes)
@@ -643,14 +833,25 @@ def test_a_pipelined_stage_resumes_wherever_it_is_cut_off(
 # -- learning ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"advantage": "pkpo", "loss": "dr_grpo", "pass_k": 4},
+        {"advantage": "pass_at_k", "pass_k": 4},
+        {"consistency_weight": 0.5, "kl_coefficient": 0.01, "kl_reference": "ema", "ema_decay": 0.9},
+    ],
+    ids=["grpo", "pkpo", "pass at k", "consistency"],
+)
 def test_it_learns_which_answer_earns_the_reward(
-    formed: Path, load_policy: Callable[..., Policy], rl: Callable[..., Any], train_items: list[Item]
-) -> None:
+    settings: dict[str, Any], formed: Path, load_policy: Callable[..., Policy], rl: Callable[..., Any],
+    train_items: list[Item],
+) -> None:  # fmt: skip
     """The model guesses left or right in the right form; right is only ever "left"."""
     items = [dataclasses.replace(item, answer="left") for item in train_items if item.answer in ("left", "right")]
     log = rl(
         load_policy(path=formed, trainable=True), items, steps=30, prompts_per_step=6, completions=8,
-        micro_batch_size=64, learning_rate=1e-3,
+        micro_batch_size=64, learning_rate=1e-3, **settings,
     )  # fmt: skip
     accuracy, format_share = log.series("accuracy"), log.series("format")
     assert 0.2 < np.mean(accuracy[:3]) < 0.8

@@ -14,7 +14,7 @@ from medbridge.model import LoraSettings, Policy
 from medbridge.rollout import GREEDY, Request, SamplingSettings, TransformersEngine
 from medbridge.train import SftSettings
 from medbridge.train.parameters import add_adapters
-from medbridge.train.sft import _accumulate, seeded
+from medbridge.train.sft import SupervisedTerm, Supervision, seeded
 
 ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "gemma3")
 PROMPT = PromptSettings(answer_style="text", system="")
@@ -43,6 +43,11 @@ def gradients(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
 
 
+def accumulate(policy: Policy, batch: Any, settings: SftSettings, images: ImageCache) -> tuple[float, int]:
+    """The gradient of the mean loss of a batch."""
+    return SupervisedTerm(policy, Supervision(batch, None, settings), PROMPT, images, seed=0).backward(batch)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_and_gradient_are_those_of_the_completion_tokens_alone(
     architecture: str, load_policy: Callable[..., Policy], answers: Any, train_items: list[Item], images: ImageCache
@@ -58,7 +63,7 @@ def test_loss_and_gradient_are_those_of_the_completion_tokens_alone(
         expected.backward()
         plain[name] = gradients(model)
         model.model.zero_grad(set_to_none=True)
-    loss, tokens = _accumulate(policy, batch, SftSettings(), PROMPT, images)
+    loss, tokens = accumulate(policy, batch, SftSettings(), images)
     assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
     assert tokens == sum(len(policy.completion_ids(entry.completion)) for entry in batch)
     found, exact = gradients(policy), plain["float64"]
@@ -80,7 +85,7 @@ def test_the_micro_batch_size_does_not_change_the_gradient(
     found = {}
     for micro in (1, 3, 7, 50, "50 tokens", "150 tokens"):
         limit = {"micro_batch_tokens": int(micro.split()[0])} if isinstance(micro, str) else {"micro_batch_size": micro}
-        loss, _ = _accumulate(policy, batch, SftSettings(**limit), PROMPT, images)
+        loss, _ = accumulate(policy, batch, SftSettings(**limit), images)
         found[micro] = (loss, gradients(policy))
         policy.model.zero_grad(set_to_none=True)
     for micro in found:
@@ -172,7 +177,7 @@ def test_the_loss_needs_no_plain_output_layer(
     add_adapters(adapted, LoraSettings(rank=2, targets=["lm_head"]), seed=0)
     assert adapted.output_layer() is None
     batch = [answers(train_items).example(index, 0) for index in range(4)]
-    losses = [_accumulate(one, batch, SftSettings(), PROMPT, images)[0] for one in (policy, adapted)]
+    losses = [accumulate(one, batch, SftSettings(), images)[0] for one in (policy, adapted)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert any(bool(p.grad.any()) for name, p in adapted.model.named_parameters() if "lora_B" in name)
 

@@ -1,0 +1,162 @@
+"""Training on two ranks (gloo, FSDP2, real processes) against one: losses, weights, averages, resume, and failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medbridge.model import ModelSettings, Policy
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+LORA = {"lora": {"rank": 4}}
+CHECKPOINTING = {"gradient_checkpointing": True}
+KL = {"kl_coefficient": 0.05}
+RL = {"prompts_per_step": 3, "completions": 4, "micro_batch_size": 5}
+CARE = {"kl_coefficient": 0.05, "consistency_weight": 0.5, "ema_decay": 0.9, "updates_per_batch": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, model_folder: Callable[[str], Path]) -> Path:
+    """A folder for results, with a model whose output layer is tied and one whose is not."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, tied in (("tied", True), ("untied", False)):
+        shutil.copytree(model_folder("qwen2_5_vl"), folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
+        (folder / name / "config.json").write_text(json.dumps(config))
+    if not _has_head(folder / "untied"):
+        _untie(folder / "untied")
+    for name, tied in (("tied", True), ("untied", False)):
+        model = Policy.load(str(folder / name), ModelSettings()).model
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    return folder
+
+
+def _has_head(model: Path) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(model / "model.safetensors", framework="pt") as stored:
+        return "lm_head.weight" in stored.keys()  # noqa: SIM118
+
+
+def _untie(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    tensors["lm_head.weight"] = tensors[name].flip(0).contiguous()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def train(count: int, cases: list[dict[str, Any]], out: Path, data: Path, check: bool = True) -> Any:
+    """Train cases on so many ranks; their results by name."""
+    out.mkdir(exist_ok=True)
+    plan = out / f"plan-{count}.json"
+    plan.write_text(json.dumps({"cases": cases, "data": str(data), "out": str(out)}))
+    root = WORKER.parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}:{WORKER.parent}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(WORKER)]
+    done = subprocess.run([*command, str(plan)], env=environment, capture_output=True, text=True, timeout=240)
+    if not check:
+        return done
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {case["name"]: torch.load(out / f"{case['name']}-{count}.pt") for case in cases}
+
+
+def cases(place: Path) -> list[dict[str, Any]]:
+    """Batches of 5 in micro-batches of 2 give one rank more passes than the other; one of 1 leaves it without work."""
+    sft = {"kind": "sft", "settings": {"batch_size": 5, "micro_batch_size": 2}}
+    rl = {"kind": "rl", "path": str(place / "tied")}
+    return [
+        {**sft, "name": "tied", "path": str(place / "tied")},
+        {**sft, "name": "untied", "path": str(place / "untied"), "images": "some", "model": CHECKPOINTING},
+        {**sft, "name": "lora", "path": str(place / "tied"), "model": LORA},
+        {"kind": "sft", "settings": {"batch_size": 1}, "name": "text", "path": str(place / "untied"), "images": "none"},
+        {**rl, "name": "rl", "settings": {**RL, **CARE}, "rollouts": str(place / "rl")},
+        {**rl, "name": "rl-lora", "settings": {**RL, **KL}, "rollouts": str(place / "rl-lora"), "model": LORA},
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(place: Path, tiny_data: Path) -> dict[int, Any]:
+    """The cases on one rank and on two; the second trains on the rollouts of the first."""
+    return {count: train(count, cases(place), place / f"on-{count}", tiny_data) for count in (1, 2)}
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "lora", "text", "rl", "rl-lora"])
+def test_two_ranks_train_as_one(runs: dict[int, Any], name: str) -> None:
+    one, two = runs[1][name], runs[2][name]
+    assert one["log"].keys() == two["log"].keys() == {1, 2, 3, 4, 5}
+    for step, metrics in one["log"].items():
+        assert two["log"][step] == pytest.approx(metrics, rel=1e-6, abs=1e-9), step
+    assert one["weights"].keys() == two["weights"].keys()
+    for key, weight in one["weights"].items():
+        assert torch.dist(two["weights"][key], weight) <= 1e-6 * weight.norm(), key
+
+
+def test_a_checkpoint_is_the_same_for_any_number_of_ranks(
+    runs: dict[int, Any], place: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Resumed at step 4 of 5 on the other number of ranks, and on the same one, where nothing differs by a bit."""
+    from safetensors.torch import load_file
+
+    left = {count: place / f"on-{count}" / "rl" / "checkpoints" for count in (1, 2)}
+    for kind in ("weights", "optimizer", "average"):
+        one, two = (load_file(left[count] / "step-000004" / f"{kind}.safetensors") for count in (1, 2))
+        assert one.keys() == two.keys() and one
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-6, atol=1e-6, msg=f"{kind} {key}")
+    for begun, goes_on in ((1, 2), (2, 1), (2, 2)):
+        out = tmp_path / f"{begun}-{goes_on}"
+        shutil.copytree(left[begun], out / "rl" / "checkpoints")
+        case = next(case for case in cases(place) if case["name"] == "rl")
+        found = train(goes_on, [case], out, tiny_data)["rl"]
+        assert found["log"].keys() == {5}
+        for key, weight in runs[begun]["rl"]["weights"].items():
+            if begun == goes_on:
+                assert torch.equal(found["weights"][key], weight), key
+            else:
+                assert torch.dist(found["weights"][key], weight) <= 1e-6 * weight.norm(), key
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"), [({"kills": 1}, "another rank has ended"), ({"fails_at": 2}, "rank 0 has ended: RuntimeError")]
+)
+def test_a_rank_that_ends_ends_the_others(
+    place: Path, tiny_data: Path, tmp_path: Path, trouble: dict[str, int], said: str
+) -> None:
+    case = {**cases(place)[0], **trouble}
+    done = train(2, [case], tmp_path / "out", tiny_data, check=False)
+    assert done.returncode != 0
+    assert said in done.stderr or "kills" in trouble  # torchrun may end rank 0 before it can say so
+
+
+def test_a_stage_of_a_run(tiny_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """The command line on two ranks: a model from nothing is taught the answer form, and sharpened."""
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(json.dumps(tiny_config(rl={"checkpoint_every": 1})))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "--", "medbridge.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "sharpen", str(config), "--run", str(run), "--stratum", "shade", "--json"],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout)
+    assert told["stage"] == "sharpen"
+    assert (Path(told["model"]) / "model.safetensors").is_file()
