@@ -71,7 +71,7 @@ def _ours(model: str, load: Load, checkpointing: bool) -> Callable[[], None]:
 
 def _trl(model: str, load: Load, checkpointing: bool) -> Callable[[], None]:
     peers.prepare_imports()
-    trl = Grpo(model, gradient_checkpointing=checkpointing)
+    trl = Grpo(model, gradient_checkpointing=checkpointing, gradient_accumulation_steps=load.groups)
     inputs = trl.inputs(_questions(load, Path(model).parent / "images"), model)
     return lambda: trl.step(inputs)
 
@@ -94,7 +94,7 @@ def measured(name: str, load: Load, model: str) -> dict[str, Any]:
     batch = _questions(load, Path(model).parent / "images")
     ours = Ours.load(model, rl_settings())
     checkpointed = Ours.load(model, rl_settings(), gradient_checkpointing=True)
-    trl = Grpo(model, gradient_checkpointing=False)
+    trl = Grpo(model, gradient_checkpointing=False, gradient_accumulation_steps=load.groups)
     inputs = trl.inputs(batch, model)
     exact = trl.gradients(inputs)
     sides = {"medbridge": ours.gradients(batch), "medbridge, checkpointing": checkpointed.gradients(batch)}
@@ -111,7 +111,7 @@ def measured(name: str, load: Load, model: str) -> dict[str, Any]:
         "TRL": Case(lambda: trl.step(inputs), rounds=load.rounds, warm=True),
     }
     if load.checkpointed_rounds:
-        default = Grpo(model)
+        default = Grpo(model, gradient_accumulation_steps=load.groups)
         cases["TRL, checkpointing"] = Case(lambda: default.step(inputs), rounds=load.checkpointed_rounds, warm=True)
     times = timed(cases, OURS_ROUNDS)
     columns = {"gradient error": errors, "loss error": loss_errors}
