@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from medbridge.model import ModelSettings, Policy
 from medbridge.rollout import SamplingSettings
 from medbridge.train import RlSettings, SftSettings, train_rl, train_sft
 from medbridge.train.messages import decode, encode
+from medbridge.train.optimization import Trainable
 from medbridge.train.parallel import joined
 from medbridge.train.ranks import Ranks
 
@@ -51,9 +51,11 @@ def _train(case: dict[str, Any], data: Path, out: Path, ranks: Ranks) -> None:
 
     common: dict[str, Any] = {
         "model": model, "prompts": PROMPT, "images": ImageCache(16 << 20), "seed": 0,
-        "checkpoints": out / case.get("checkpoints", case["name"]) / "checkpoints", "on_start": _die(case, ranks),
+        "checkpoints": out / case.get("checkpoints", case["name"]) / "checkpoints", "on_start": lambda step: None,
         "on_step": on_step, "ranks": ranks,
     }  # fmt: skip
+    if case.get("kills") == ranks.rank:
+        _die_at_step(case["at"])
     own = items if ranks.leads else []
     if case["kind"] == "sft":
         train_sft(policy, Answers(own), None, SftSettings(**{**BASE, **case["settings"]}), **common)
@@ -69,13 +71,16 @@ def _train(case: dict[str, Any], data: Path, out: Path, ranks: Ranks) -> None:
         torch.save({"log": log, "weights": policy.model.state_dict()}, out / f"{case['name']}-{ranks.count}.pt")
 
 
-def _die(case: dict[str, Any], ranks: Ranks) -> Callable[[int], None]:
-    def on_start(step: int) -> None:
-        return
+def _die_at_step(step: int) -> None:
+    """Have this process killed when it begins a step."""
+    begin = Trainable.begin
 
-    if case.get("kills") == ranks.rank:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return on_start
+    def dies(self: Trainable, now: int) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begin(self, now)
+
+    Trainable.begin = dies  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
