@@ -244,11 +244,14 @@ def test_new_weights_change_the_answers(
 
 
 def struck(members: list[ServerEngine], items: list[Item], strike: Callable[[], None]) -> str:
-    """A diagnosis by two servers, one of which is struck as soon as the first answers are there; what the pool said."""
+    """A diagnosis by two servers, one of which is struck as soon as the first answers are there; what the pool said.
+
+    In many small portions: whichever answers first, the one that is struck has some of them still before it.
+    """
     from medbridge.rollout import FailureSettings, Pool, SamplingSettings
 
     said: list[str] = []
-    pool = Pool(members, FailureSettings(restarts=0), said.append, batch=16)
+    pool = Pool(members, FailureSettings(restarts=0), said.append, batch=2)
     batches = []
     for batch in pool.generate(requests_of(items, 16), SamplingSettings(max_new_tokens=40), seed=0):
         if not batches:
