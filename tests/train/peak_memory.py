@@ -64,12 +64,12 @@ def sampled(picture: str) -> Batch:
 
 def main(folder: str, picture: str, held: str, tokens: str, out: str) -> None:
     torch.set_num_threads(1)
-    give_freed_memory_back()  # what is in use is to be measured, and not what the C library keeps for later
     model, images = ModelSettings.model_validate_json(held), ImageCache(64 << 20)
     settings = RlSettings(micro_batch_tokens=int(tokens), learning_rate=1e-6, warmup_steps=0)
     batch = sampled(picture)
     before = resident("VmRSS")
     policy = Policy.load(folder, model, trainable=True)
+    give_freed_memory_back()  # what is in use is to be measured, and not what the C library keeps for later
     trainable = Trainable(policy, model, settings, 10, seed=0)
     learner = Learner(policy, settings, PROMPTS, images, 128)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
