@@ -21,7 +21,7 @@ LORA = {"lora": {"rank": 4}}
 CHECKPOINTING = {"gradient_checkpointing": True}
 KL = {"kl_coefficient": 0.05}
 RL = {"prompts_per_step": 3, "completions": 4, "micro_batch_size": 5}
-CARE = {"kl_coefficient": 0.05, "consistency_weight": 0.5, "ema_decay": 0.9, "updates_per_batch": 2}
+CARE = {"kl_coefficient": 0.05, "consistency_weight": 0.5, "ema_decay": 0.9, "updates_per_batch": 3}
 
 
 @pytest.fixture(scope="module")

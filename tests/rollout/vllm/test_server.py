@@ -243,21 +243,44 @@ def test_new_weights_change_the_answers(
     weights.release()
 
 
-def struck(members: list[ServerEngine], items: list[Item], strike: Callable[[], None]) -> str:
-    """A diagnosis by two servers, one of which is struck as soon as the first answers are there; what the pool said.
+def struck(
+    members: list[ServerEngine], items: list[Item], strike: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A diagnosis by two servers, the second of which is struck at its first answer; what the pool said.
 
-    In many small portions: whichever answers first, the one that is struck has some of them still before it.
+    It is struck in the event loop that draws from it, which has not asked for the last of its half by then: a half is
+    more than a server decodes at a time. The first goes on from its first answer when that has happened.
     """
     from medbridge.rollout import FailureSettings, Pool, SamplingSettings
+    from medbridge.rollout.server import engine
+    from medbridge.rollout.server.drawing import Drawing
 
+    happened = threading.Event()
+
+    def drawing(client: Any, *arguments: Any, done: Callable[[list[Rollout]], None], **options: Any) -> Drawing:
+        def struck_at_first(rollouts: list[Rollout]) -> None:
+            if not happened.is_set():
+                strike()
+                happened.set()
+            done(rollouts)
+
+        strikes = client is members[1]._client
+        return Drawing(client, *arguments, done=struck_at_first if strikes else done, **options)
+
+    monkeypatch.setattr(engine, "Drawing", drawing)
+    generate = members[0].generate
+
+    def first_waits(*arguments: Any, **options: Any) -> Iterator[list[Rollout]]:
+        for rollouts in generate(*arguments, **options):
+            assert happened.wait(60)
+            yield rollouts
+
+    monkeypatch.setattr(members[0], "generate", first_waits)
+    assert len(items) * 17 / 2 > 64
     said: list[str] = []
-    pool = Pool(members, FailureSettings(restarts=0), said.append, batch=2)
-    batches = []
-    for batch in pool.generate(requests_of(items, 16), SamplingSettings(max_new_tokens=40), seed=0):
-        if not batches:
-            strike()
-        batches.append(batch)
-    found = by_sample(batches)  # none twice
+    pool = Pool(members, FailureSettings(restarts=0), said.append)
+    pool.start()
+    found = by_sample(pool.generate(requests_of(items, 16), SamplingSettings(max_new_tokens=40), seed=0))  # none twice
     assert found.keys() == {(item.id, sample) for item in items for sample in range(-1, 16)}
     return " ".join(said)
 
@@ -272,7 +295,7 @@ def test_a_server_that_is_stopped_in_the_middle_of_a_diagnosis(
     monkeypatch.setenv("MEDBRIDGE_TEST_SERVER_KEY", launched.key)
     users = make_engine(launched.url, stall_s=5)
     try:
-        assert "hung" in struck([servers[0], users], train_items, lambda: os.killpg(group, signal.SIGSTOP))
+        assert "hung" in struck([servers[0], users], train_items, lambda: os.killpg(group, signal.SIGSTOP), monkeypatch)
     finally:
         os.killpg(group, signal.SIGCONT)
         users.close()
@@ -280,12 +303,12 @@ def test_a_server_that_is_stopped_in_the_middle_of_a_diagnosis(
 
 
 def test_a_server_that_is_killed_in_the_middle_of_a_diagnosis(
-    servers: list[ServerEngine], train_items: list[Item]
+    servers: list[ServerEngine], train_items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = servers[1]._launched
     assert launched is not None and launched.pid is not None
     group = launched.pid
-    said = struck(servers, train_items, lambda: os.kill(group, signal.SIGKILL))
+    said = struck(servers, train_items, lambda: os.kill(group, signal.SIGKILL), monkeypatch)
     assert "died" in said and "SIGKILL" in said
     servers[1].close()
     assert left_of(group) == []
