@@ -18,6 +18,7 @@ from medbridge.ledger import TRAINING, Ledger, Stage
 from medbridge.model import ModelSettings, Policy
 from medbridge.model.initialise import replace_folder
 from medbridge.rollout.weights import ADAPTER
+from medbridge.stage_folder import model_path
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -61,7 +62,7 @@ def export_model(
         if adapter:
             written = _adapter(run, name, stage, part, dtype)
         else:
-            path = _place(run, name)
+            path = model_path(run, name)
             written = _model(path, part, dtype, inside=path != name)
         replace_folder(part, out)
     return Exported(name, out, written)
@@ -100,11 +101,6 @@ def _accuracy(ledger: Ledger, stage: Stage) -> float:
     return sum(greedy) / len(greedy) if greedy else 0.0
 
 
-def _place(run: Path, model: str) -> str:
-    inside = run / model
-    return str(inside) if model.startswith("models/") and inside.is_dir() else model
-
-
 def _model(path: str, out: Path, dtype: DtypeName | None, *, inside: bool) -> str:
     """A folder of the run is copied where its type stays: it is what is wanted. Anything else is loaded and saved."""
     if dtype is None and inside:
@@ -126,7 +122,7 @@ def _adapter(run: Path, model: str, stage: Stage | None, out: Path, dtype: Dtype
             "model itself, without --adapter."
         )
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    base = _place(run, stage.model)
+    base = model_path(run, stage.model)
     config["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
     tensors = load_file(folder / ADAPTER)
     if dtype is not None:

@@ -6,6 +6,7 @@ It trains nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from medbridge.data import Item, grade, permutation
@@ -48,7 +49,7 @@ class Material(StageFolder):
     def _train_split(self, *, reserved: bool) -> list[Item]:
         """The training items that sharpening uses (`reserved`), or those that bridging does; none that is held out."""
         share = self.settings.rl.reserved_share
-        out = self._held_out_ids()
+        out = self._held_out_ids
         return [
             item
             for item in self.items.split("train")
@@ -58,30 +59,31 @@ class Material(StageFolder):
 
     def held_out_items(self, strata: Sequence[str]) -> list[Item]:
         """The held-out training items of these strata that a stage asks at its checkpoints, in an order by hash."""
-        out, settings = self._held_out_ids(), self.settings
+        out, settings = self._held_out_ids, self.settings
         chosen = [
             item for item in self.items.split("train") if item.id in out and item.stratum(self.strata_keys) in strata
         ]
         chosen.sort(key=lambda item: hashed_fraction("held out, asked", settings.seed, item.id))
         return chosen[: settings.held_out.max_items]
 
-    def _held_out_ids(self) -> set[str]:
+    @cached_property
+    def _held_out_ids(self) -> frozenset[str]:
         """Whole clusters of the training split: an item whose image is trained on is not held out.
 
         Whether one is depends on its smallest item id, and so not on where the data lies.
         """
         settings = self.settings
         if not settings.held_out.share:
-            return set()
+            return frozenset()
         clusters: dict[str, list[str]] = {}
         for item in self.items.split("train"):
             clusters.setdefault(cluster_of(item, settings.diagnosis.cluster), []).append(item.id)
-        return {
+        return frozenset(
             item_id
             for members in clusters.values()
-            for item_id in members
             if hashed_fraction("held out", settings.seed, min(members)) < settings.held_out.share
-        }
+            for item_id in members
+        )
 
     # -- what a stage does with them -----------------------------------------------------------------------
 

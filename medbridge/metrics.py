@@ -61,6 +61,7 @@ METRICS: dict[str, Metric] = {
     "staleness_mean": Metric("sampling", "Steps by which rollouts are behind", "Age of the weights that drew them."),
     "clip_low": Metric("safety", "Clipped at the low end", "Share of tokens whose probability fell too far.", True),
     "clip_high": Metric("safety", "Clipped at the high end", "Share of tokens whose probability rose too far.", True),
+    "ratio_mean": Metric("safety", "New over old, mean ratio", "Of a token's probability since the step began."),
     "ratio_max": Metric("safety", "New over old, largest ratio", "Of a token's probability since the step began."),
     "effective_sample_size": Metric(
         "safety", "Effective sample size", "Of the step's tokens, by those ratios; 1 is all of them."

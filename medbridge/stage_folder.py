@@ -96,14 +96,19 @@ class StageFolder(RunFolder):
         return self.folder / "models" / f"{stage.stage_id:02d}-{stage.kind}-adapter"
 
     def _engine(self, model: str) -> Engine:
-        return self.engines.of(str(self._path(model)))
+        return self.engines.of(self._path(model))
 
-    def _path(self, model: str) -> Path | str:
-        inside = self.folder / model
-        return inside if model.startswith("models/") and inside.is_dir() else model
+    def _path(self, model: str) -> str:
+        return model_path(self.folder, model)
 
     def _relative(self, folder: Path) -> str:
         return folder.relative_to(self.folder).as_posix()
+
+
+def model_path(run: Path, model: str) -> str:
+    """Where a model of a run's ledger lies: one that it made in its folder, any other where its name says."""
+    inside = run / model
+    return str(inside) if model.startswith("models/") and inside.is_dir() else model
 
 
 def strata_by_method(stage: Stage) -> dict[Method, tuple[str, ...]]:

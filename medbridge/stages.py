@@ -5,27 +5,33 @@ When which one comes is decided in `pipeline`; how a step trains stands in `trai
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-from medbridge.data import Item
+from medbridge.data import Item, permutation
 from medbridge.followers import training
 from medbridge.ledger import Stage
 from medbridge.material import Material
-from medbridge.model import Policy, pick_device
+from medbridge.model import Policy, Prompter, pick_device
 from medbridge.recording import Recorder
 from medbridge.results import better_checkpoint, restored, save_adapter
+from medbridge.rollout.choose import Choice
 from medbridge.scoring import HeldOut
 from medbridge.stage_folder import Method, result_of, strata_by_method
 from medbridge.stage_rollouts import StageRollouts
 from medbridge.train import RlSettings, SftSettings, Supervision, train_rl, train_sft
+from medbridge.train.engine_memory import Sampling
 from medbridge.train.examples import RandomAnswers
 from medbridge.train.memory import device_memory, plan_memory
 from medbridge.train.ranks import Ranks
 from medbridge.train.sft import Examples, OnStep
+
+_PROMPTS_MEASURED = 32
+"""Training items whose prompts are counted for the memory plan."""
 
 
 class Training(Material):
@@ -42,7 +48,7 @@ class Training(Material):
         stage = self._stage_of(0, ("format",)) or self._begin(0, "format", model, strata)
         if stage.status == "running":
             plan = self.settings.sft.model_copy(update={"steps": steps, "source": "answers", "replay_share": 0.0})
-            out = self._held_out_ids()
+            out = self._held_out_ids
             items = [item for item in self.items.split("train") if item.id not in out]
             examples = RandomAnswers(items, self.settings.data.prompt, seed=self.settings.seed)
             stage = self._train_supervised(stage, examples, None, plan, [], {"source": "random answers"})
@@ -113,7 +119,7 @@ class Training(Material):
         asked: Sequence[Item],
         summary: dict[str, Any],
     ) -> Stage:
-        policy = self._loaded(stage, settings)
+        policy = self._loaded(stage, settings, len(asked))
         with Recorder(self, stage, policy, settings.steps, "SFT") as recorder:
             self._tell(stage, "sft", sft=settings.model_dump(mode="json"))
             train_sft(
@@ -124,26 +130,49 @@ class Training(Material):
             )  # fmt: skip
         return self._finish(stage, policy, {**summary, "items": len(examples)})
 
-    def _loaded(self, stage: Stage, settings: SftSettings | RlSettings) -> Policy:
+    def _loaded(self, stage: Stage, settings: SftSettings | RlSettings, asked: int) -> Policy:
         """The stage's model, to be trained; what won't fit in memory is said, or refused where that is sure.
+
+        `asked` is how many held-out items are sampled at a checkpoint.
 
         Raises:
             MedbridgeError: weights, optimizer and what else is held all the time need more than there is.
         """
         self.engines.release()
-        model, path = self.settings.model, str(self._path(stage.model))
+        model, path = self.settings.model, self._path(stage.model)
         available = device_memory(pick_device(model.device))
-        plan = plan_memory(path, model, settings, available=available, ranks=self.ranks.count)
+        plan = plan_memory(
+            path, model, settings, available=available, ranks=self.ranks.count,
+            sampling=self._sampled(path, settings, asked),
+        )  # fmt: skip
         if plan.hopeless:
             plan.require()
         if not plan.fits:
             self.reporter.say(f"{stage.kind}: training may not fit in memory\n{plan.table()}")
         return Policy.load(path, model, trainable=True)
 
+    def _sampled(self, path: str, settings: SftSettings | RlSettings, asked: int) -> Sampling | None:
+        """What is sampled while a stage trains. Held-out items are asked by the model in training itself."""
+        choice = self.engines.choice() if isinstance(settings, RlSettings) else Choice("transformers", "")
+        drawn = settings.prompts_per_step * settings.completions if isinstance(settings, RlSettings) else 0
+        if not drawn and not asked:
+            return None
+        longest = self._longest_prompt(path) if choice.engine == "transformers" else 0
+        rollout, completions = self.settings.rollout, max(asked, drawn)
+        return Sampling(choice.engine, rollout, len(choice.groups), completions, longest)
+
+    def _longest_prompt(self, path: str) -> int:
+        """Tokens of the longest of a few training items' prompts."""
+        prompter, prompts, seed = Prompter.load(path), self.settings.data.prompt, self.settings.seed
+        items = self.items.split("train")
+        some = items[:: math.ceil(len(items) / _PROMPTS_MEASURED)] if items else []
+        lengths = (prompter.length(item, permutation(item, seed, 0), prompts, self.images) for item in some)
+        return max(lengths, default=0)
+
     def _tell(self, stage: Stage, kind: str, **more: Any) -> None:
         """Have the other ranks train this stage too."""
         told = training(
-            kind, self.settings, str(self._path(stage.model)), self._seed(stage), self._checkpoints(stage), **more
+            kind, self.settings, self._path(stage.model), self._seed(stage), self._checkpoints(stage), **more
         )
         self.ranks.share(lambda: told)
 
@@ -152,9 +181,9 @@ class Training(Material):
     ) -> Stage:
         by_id = {item.id: item for item in items}
         settings = self.settings.rl
-        policy = self._loaded(stage, settings)
-        seed = self._seed(stage)
         asked = self._asked_while_training(stage)
+        policy = self._loaded(stage, settings, len(asked))
+        seed = self._seed(stage)
         rollouts = StageRollouts(
             self.ledger.path, stage, self.engines.of_policy(policy), policy, self.settings,
             grade=lambda rollout: self.graded(rollout, by_id, settings.format_weight), probes=items,
@@ -248,7 +277,7 @@ class Training(Material):
             best = better_checkpoint(self._checkpoints(stage), scores[kept]) if keeps_best else None
             if best is not None:
                 kept = best.step
-                policy = restored(best, str(self._path(stage.model)), self.settings.model, self._adapter_folder(stage))
+                policy = restored(best, self._path(stage.model), self.settings.model, self._adapter_folder(stage))
             summary |= {"held_out_accuracy": scores[kept], "kept_step": kept}
         policy.save(folder)
         losses = [value for _, value in sorted(metrics.get("loss", {}).items())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def test_the_diagnosed_k_is_the_gates(open_run: Callable[..., Run], mixed: dict[
 
 def test_held_out_items_are_whole_clusters_and_never_trained_on(open_run: Callable[..., Run], formed: Path) -> None:
     run = open_run(model={"path": str(formed)}, held_out={"share": 0.5}, sft={"steps": 6, "checkpoint_every": 2})
-    out = run._held_out_ids()
+    out = run._held_out_ids
     assert 0 < len(out) < 12 and len(out) % 2 == 0  # two questions an image
     pictures = {item.id: item.images for item in run.items.split("train")}
     assert {pictures[name] for name in out}.isdisjoint(images for name, images in pictures.items() if name not in out)
@@ -288,6 +289,36 @@ def test_strata_without_held_out_items_are_trained_and_it_is_said(
     assert "held_out_accuracy" not in run.ledger.metrics(1) and "kept_step" not in run.ledger.stages()[0].summary
     run.reporter.console.file.flush()
     assert "none of the held-out training items is of side" in (tmp_path / "log").read_text()
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bridge", "sharpen"])
+def test_a_stage_that_can_not_fit_in_memory_is_refused_and_one_that_may_not_is_tried(
+    kind: Any, open_run: Callable[..., Run], formed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries alone take 64 MiB of a CPU's memory; 128 MiB hold the model, and not the largest micro-batch."""
+
+    def said(run: Run) -> str:
+        run.reporter.console.file.flush()
+        return (tmp_path / "log").read_text()
+
+    settings = {"path": str(formed), "device": "cpu"}
+    run = open_run(model=settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("medbridge.stages.device_memory", lambda device: 32 << 20)
+        patch.setattr(Policy, "load", None)  # not even that is begun
+        with pytest.raises(MedbridgeError, match=r"(?s)training does not fit in memory.* available +0\.03"):
+            run.train_once(kind, ["side"])
+    assert not run.ledger.metrics(1) and "may not fit" not in said(run)
+    monkeypatch.setattr("medbridge.stages.device_memory", lambda device: 128 << 20)
+    assert run.train_once(kind, None) == f"models/01-{kind}"  # the same stage goes on
+    assert re.search(rf"(?s){kind}: training may not fit in memory.* available +0\.12", said(run))
+    monkeypatch.setattr("medbridge.stages.device_memory", lambda device: 1 << 40)
+    run = open_run("other", model=settings)
+    run.train_once(kind, ["side"])
+    assert said(run).count("may not fit") == 1
 
 
 # -- adapters ------------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ class LossOutputs:
         logprobs: log-probability of each token, [tokens], 0 outside the mask.
         entropy: entropy in nats of each token's distribution, [tokens], 0 outside the mask.
         metrics: scalars over the tokens in the mask: "clip_low" and "clip_high" (share of tokens whose ratio
-            is cut, by the sign of the advantage), "ratio_max", "effective_sample_size" (of the ratios, as a
-            share of the tokens, 0 to 1); with reference log-probabilities "kl" (mean of the configured
+            is cut, by the sign of the advantage), "ratio_mean", "ratio_max", "effective_sample_size" (of the
+            ratios, as a share of the tokens, 0 to 1); with reference log-probabilities "kl" (mean of the configured
             estimator); with rollout log-probabilities "rollout_ratio_mean", "rollout_ratio_max",
             "rollout_effective_sample_size" (of old over rollout probability) and "rollout_kl" (k3 of
             KL(engine || trainer)); with a correction "corrected" (share of tokens whose ratio it truncates or masks);

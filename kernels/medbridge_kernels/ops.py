@@ -225,7 +225,7 @@ def _(
 
 def metric_names(config: Any, with_ref: bool, with_rollout: bool) -> list[str]:
     """Names of the metrics, in the order in which `reference.loss_metrics` makes them."""
-    names = ["clip_low", "clip_high", "ratio_max", "effective_sample_size"]
+    names = ["clip_low", "clip_high", "ratio_mean", "ratio_max", "effective_sample_size"]
     names += ["kl"] * with_ref
     if with_rollout:
         names += ["rollout_ratio_mean", "rollout_ratio_max", "rollout_effective_sample_size", "rollout_kl"]

@@ -352,10 +352,12 @@ def loss_metrics(logprobs: Tensor, inputs: PolicyInputs, config: LossConfig) -> 
         return (chosen & keep).to(dtype).sum() / count
 
     ratio, advantage = importance_ratio(logprobs, inputs, config), inputs.advantage(dtype)
-    ratio_max, sample_size = _spread(ratio.where(keep, 0.0), count)
+    kept = ratio.where(keep, 0.0)
+    ratio_max, sample_size = _spread(kept, count)
     metrics = {
         "clip_low": share((ratio < 1 - config.clip_low) & (advantage < 0)),
         "clip_high": share((ratio > 1 + config.clip_high) & (advantage > 0)),
+        "ratio_mean": kept.sum() / count,
         "ratio_max": ratio_max,
         "effective_sample_size": sample_size,
     }

@@ -32,9 +32,10 @@ from medbridge.model.attention import packed_arguments, use_packed_attention
 from medbridge.model.initialise import FromNothing, replace_folder
 from medbridge.model.packing import PackedBatch, merge_vision, pack, plan
 from medbridge.model.prompter import Prompter
+from medbridge.model.shape import patches_of_frames, vision_depth, vision_width
 
 _MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_THRESHOLD = -1, -3
-"""`M_MMAP_THRESHOLD` of malloc.h."""
+"""`M_TRIM_THRESHOLD` and `M_MMAP_THRESHOLD` of malloc.h."""
 
 BANNED_LOGIT = -1e9
 """Logit of a token that must not be sampled. Finite, so that p * log p stays 0 and not NaN in the entropy."""
@@ -447,19 +448,12 @@ class Policy(Prompter):
         if not patches:
             return 0.0
         vision, text = self.model.config.vision_config, self.model.config.get_text_config()
-        depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-        width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL's hidden_size is the text's
-        return float(patches * depth * width / (text.num_hidden_layers * text.hidden_size))
+        tower = vision_depth(vision) * vision_width(vision)
+        return patches * tower / (text.num_hidden_layers * text.hidden_size)
 
     def patches(self, vision: Mapping[str, Tensor]) -> int:
         """How many patches the images of a prompt or of a batch have, before they are merged to tokens."""
-        pixels = vision.get("pixel_values")
-        if pixels is None:
-            return 0
-        if pixels.ndim == 2:
-            return len(pixels)
-        shape = self.model.config.vision_config
-        return int(len(pixels) * (shape.image_size // shape.patch_size) ** 2)
+        return sum(patches_of_frames(self.model.config.vision_config, vision))
 
     def completion_logits(self, batch: CompletionBatch) -> Tensor:
         """Logits [N, vocabulary] that predict `batch.labels`; banned tokens hold `BANNED_LOGIT`.

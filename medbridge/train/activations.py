@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from medbridge.model.packing import PackedBatch
+from medbridge.model.shape import head_width, vision_width
 
 _EXACT = 4
 """Bytes of what stays in float32 whatever the model computes in: the residual stream, norms."""
@@ -94,14 +95,14 @@ def activations(
     own = batch.tokens * _text_layer(text, layers[0], batch, size, adapters)
     stream = batch.tokens * text.hidden_size * _EXACT
     # embeddings, the last norm's input and output; rotary embeddings; masks as truth values and as what is added
-    ends = 3 * stream + 2 * batch.tokens * _head_width(text) * _EXACT + batch.masked * (1 + size)
+    ends = 3 * stream + 2 * batch.tokens * head_width(text) * _EXACT + batch.masked * (1 + size)
     kept = len(layers) * (stream if checkpointing else own) + ends
     backward = 5 * batch.tokens * text.intermediate_size * size  # gradients of the gated layer, and temporaries
     transient = backward + (own if checkpointing else 0)
     if not batch.patches or not any(parameter.requires_grad for block in blocks for parameter in block.parameters()):
         return Activations(int(kept), 0, int(transient))
     vision = config.vision_config
-    width = _vision_width(vision)
+    width = vision_width(vision)
     one = batch.patches * _vision_layer(vision, blocks[0], size, adapters)
     row = batch.patches * width * _EXACT
     ends = batch.patches * (2 * width * _EXACT + 4 * width * size)  # patches embedded; norm and layers of the merger
@@ -112,14 +113,14 @@ def activations(
 def cache_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     """Keys and values of so many tokens in all layers."""
     text = config.get_text_config()
-    return int(2 * tokens * text.num_hidden_layers * text.num_key_value_heads * _head_width(text) * dtype.itemsize)
+    return int(2 * tokens * text.num_hidden_layers * text.num_key_value_heads * head_width(text) * dtype.itemsize)
 
 
 def _text_layer(text: Any, layer: nn.Module, batch: MicroBatch, size: int, adapters: bool) -> float:
     """Bytes a token: norms (input and, where the scale is trained, what it scales); inputs of linear layers; queries,
     keys, values and what attention gives; the four tensors of the gated layer.
     """
-    width, head = text.hidden_size, _head_width(text)
+    width, head = text.hidden_size, head_width(text)
     query, key = text.num_attention_heads * head, text.num_key_value_heads * head
     each = 1 if adapters else 2
     norms = sum("norm" in name for name, _ in layer.named_children())
@@ -131,7 +132,7 @@ def _text_layer(text: Any, layer: nn.Module, batch: MicroBatch, size: int, adapt
 
 def _vision_layer(vision: Any, block: nn.Module, size: int, adapters: bool) -> float:
     """Bytes a patch: as `_text_layer`. LayerNorm keeps its input alone; a fused projection is kept as a whole."""
-    width = _vision_width(vision)
+    width = vision_width(vision)
     inner = next(module.out_features for name, module in block.named_modules() if _is_first_linear(name, module))
     names = {name.rpartition(".")[2] for name, _ in block.named_modules()}
     scaled = any("RMSNorm" in type(module).__name__ for module in block.modules()) and not adapters
@@ -142,14 +143,6 @@ def _vision_layer(vision: Any, block: nn.Module, size: int, adapters: bool) -> f
 
 def _is_first_linear(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and name.rpartition(".")[2] in ("gate_proj", "fc1", "linear_fc1")
-
-
-def _head_width(text: Any) -> int:
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
-def _vision_width(vision: Any) -> int:
-    return int(getattr(vision, "embed_dim", None) or vision.hidden_size)  # Qwen2-VL's hidden_size is the text's
 
 
 def _layers(model: nn.Module, *, vision: bool) -> list[nn.Module]:

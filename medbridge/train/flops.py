@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from medbridge.model.packing import PackedLayout
 from medbridge.model.policy import Policy
+from medbridge.model.shape import head_width, patches_of_frames, vision_depth, vision_width
 from medbridge.train.parameters import is_vision
 
 PEAKS: tuple[tuple[str, float, float, float], ...] = (
@@ -84,8 +85,7 @@ class _Costs:
     def __init__(self, policy: Policy) -> None:
         config = policy.model.config
         text, self._vision = config.get_text_config(), config.vision_config
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self._text_attention = 4.0 * text.num_hidden_layers * text.num_attention_heads * width
+        self._text_attention = 4.0 * text.num_hidden_layers * text.num_attention_heads * head_width(text)
         self._merge = getattr(self._vision, "spatial_merge_size", 1) ** 2
         head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
         self._held = dict.fromkeys(("text", "vision", "joint", "head"), 0)
@@ -118,32 +118,22 @@ class _Costs:
 
     def _patches(self, given: dict[str, Any]) -> tuple[int, float]:
         """Patches of a row's images, and the operations of attention among them, forward."""
-        pixels, vision = given.get("pixel_values"), self._vision
-        if pixels is None:
+        vision = self._vision
+        sizes = patches_of_frames(vision, given)
+        if not sizes:
             return 0, 0.0
-        layers = getattr(vision, "depth", None) or vision.num_hidden_layers
-        width = getattr(vision, "embed_dim", None) or vision.hidden_size
-        if pixels.ndim == 4:  # [images, channels, height, width]
-            sizes = [(vision.image_size // vision.patch_size) ** 2] * len(pixels)
-        else:
-            sizes = [height * across for frames, height, across in _grids(given) for _ in range(frames)]
+        layers = vision_depth(vision)
         full = getattr(vision, "fullatt_block_indexes", None)
         whole = layers if full is None else len(full)
         window = (getattr(vision, "window_size", None) or 0) // vision.patch_size
         pairs = sum(whole * n * n + (layers - whole) * n * min(n, window**2) for n in sizes)
-        return sum(sizes), 4.0 * width * pairs
+        return sum(sizes), 4.0 * vision_width(vision) * pairs
 
 
 def attended_pairs(layout: PackedLayout) -> int:
     """Pairs of a query and a key that it sees in one layer and head, without a sliding window."""
     counts = ((part.end - part.start, part.keys) for part in layout.segments)
     return sum(queries * (keys - queries) + queries * (queries + 1) // 2 for queries, keys in counts)
-
-
-def _grids(given: dict[str, Any]) -> list[list[int]]:
-    grids: Tensor = given["image_grid_thw"]
-    found: list[list[int]] = grids.tolist()
-    return found
 
 
 def _place(name: str, *, is_head: bool) -> str:

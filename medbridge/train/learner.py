@@ -70,12 +70,14 @@ class Learner:
         self.first = first_model(policy) if held else None
         self.loss = PolicyLoss(policy, self.config, settings.loss_impl, settings.temperature)
 
-    def update(self, step: int, batch: Batch, trainable: Trainable) -> dict[str, float]:
-        """Update from the groups of a step; returns its metrics.
+    def update(
+        self, step: int, batch: Batch, trainable: Trainable, examples: Sequence[Example] = ()
+    ) -> dict[str, float]:
+        """Update from the groups of a step, and from examples for the supervised term; returns its metrics.
 
         The policy at the start of the step is the proximal one: ratios and their clip are relative to it, and how it
-        differs from the engine's is left to the correction (decoupled PPO, arXiv 2110.00641). With a supervised term,
-        each update takes its share of the step's examples, and is made even where no group teaches anything.
+        differs from the engine's is left to the correction (decoupled PPO, arXiv 2110.00641). Each update takes its
+        share of the examples, and is made even where no group teaches anything.
         """
         k = self.settings.k_at(step, self.first_k)
         metrics = describe(
@@ -86,9 +88,10 @@ class Learner:
         rows = self._rows(batch, prompts, rewards, k)
         parts = _deal(rows, self.settings.updates_per_batch, step)
         # The first update is computed at the proximal policy itself, whose log-probabilities are then the loss's own.
-        self._note_logprobs([row for part in parts[1:] for row in part if row.moves])
-        examples = self._examples(step, len(parts))
-        made = [self._optimize(part, own, step, trainable) for part, own in zip(parts, examples, strict=True)]
+        for part in parts[1:]:  # each as it is dealt to the ranks when its turn comes
+            self._note_logprobs([row for row in part if row.moves])
+        shares = [[examples[at] for at in own] for own in np.array_split(np.arange(len(examples)), len(parts))]
+        made = [self._optimize(part, own, step, trainable) for part, own in zip(parts, shares, strict=True)]
         for name in dict.fromkeys(name for update in made for name in update):
             values = [update[name] for update in made if name in update]
             metrics[name] = sum(values) / len(values)
@@ -142,13 +145,6 @@ class Learner:
                 masked = self.settings.mask_truncated and is_truncated(entry)
                 rows.append(_Row(prompt, entry.rollout, advantage, moves and not masked))
         return rows
-
-    def _examples(self, step: int, updates: int) -> list[list[Example]]:
-        """The supervised examples of each update."""
-        if self.supervised is None:
-            return [[] for _ in range(updates)]
-        batch = self.supervised.batch(step)
-        return [[batch[at] for at in part] for part in np.array_split(np.arange(len(batch)), updates)]
 
     def _optimize(
         self, rows: Sequence[_Row], examples: Sequence[Example], step: int, trainable: Trainable

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from medbridge.errors import MedbridgeError
 from medbridge.model.policy import LoraSettings, ModelSettings, pick_device, pick_dtype
 from medbridge.train.activations import MicroBatch, activations
+from medbridge.train.engine_memory import EngineMemory, Sampling, engine_memory
 from medbridge.train.parameters import is_vision
 from medbridge_kernels.linear import DEFAULT_BUDGET
 
@@ -96,7 +97,7 @@ def plan_memory(
     micro_batch: MicroBatch | None = None,
     longest_row: int = 0,
     micro_batches: int = 2,
-    engine: int = 0,
+    sampling: Sampling | None = None,
 ) -> MemoryPlan:
     """The memory that a stage takes on each device.
 
@@ -109,7 +110,7 @@ def plan_memory(
         micro_batch: what is in memory at once; None is as much as the settings allow.
         longest_row: tokens of the longest row (prompt, completion, cost of its images), which may exceed that.
         micro_batches: of an update. Before a second one there are gradients already.
-        engine: bytes that rollout engines keep to themselves on the same device while it trains.
+        sampling: what is sampled on the same device while it trains; None is nothing.
 
     Raises:
         MedbridgeError: the configuration can't be read.
@@ -117,7 +118,11 @@ def plan_memory(
     network = empty_model(config)
     batch = micro_batch or MicroBatch.within(max(settings.micro_batch_tokens, longest_row))
     device = device or pick_device(model.device)
-    plan = _plan(network, model, settings, batch, device, ranks, micro_batches, engine)
+    engines = EngineMemory(0, {})
+    if sampling is not None:
+        computed_in = pick_dtype(model.dtype, device)
+        engines = engine_memory(network, sampling, computed_in=computed_in, device=device, available=available)
+    plan = _plan(network, model, settings, batch, device, ranks, micro_batches, engines)
     if available is None:
         return plan
     remedies = {}
@@ -125,7 +130,7 @@ def plan_memory(
     if not found.fits:
         for name, other_model, other_settings in _changes(model, settings, device):
             smaller = MicroBatch.within(max(other_settings.micro_batch_tokens, longest_row))
-            other = _plan(network, other_model, other_settings, smaller, device, ranks, micro_batches, engine)
+            other = _plan(network, other_model, other_settings, smaller, device, ranks, micro_batches, engines)
             if other.peak <= available:
                 remedies[name] = other.peak
     return MemoryPlan(plan.held, plan.phases, available, remedies)
@@ -164,7 +169,7 @@ def _plan(
     device: torch.device,
     ranks: int,
     micro_batches: int,
-    engine: int,
+    engines: EngineMemory,
 ) -> MemoryPlan:
     computed_in = pick_dtype(model.dtype, device)
     size = computed_in.itemsize
@@ -182,7 +187,7 @@ def _plan(
     held = {name: of // ranks for name, of in held.items()}
     held |= {
         "whole weights, on the first rank": 0 if ranks == 1 else weights * own_type,
-        "rollout engine": engine,
+        "rollout engines": engines.training,
         "libraries": _LIBRARIES[device.type],
     }
     gradients = trained * _MASTER // ranks
@@ -208,6 +213,7 @@ def _plan(
         "loss": {**running, **loss, "gradients": before},
         "backward": {**running, "a layer at work": kept.transient, "gradients": max(before, by_head)},
         "update": {"gradients": gradients},
+        "sampling": engines.sampling,
     }
     return MemoryPlan(held, phases)
 

@@ -63,12 +63,8 @@ class OptimizerSettings(BaseModel):
         2, ge=1, description="Newest checkpoints kept. With 1 there is none to fall back to when its file is damaged."
     )
 
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of optimizer step `step` (counted from 1) of `steps`."""
-        return self.learning_rate * self.factor(step, steps)
-
     def factor(self, step: int, steps: int) -> float:
-        """That rate as a share of the peak: the same for every group of parameters."""
+        """Share of each parameter group's peak rate at optimizer step `step` (counted from 1) of `steps`."""
         return rate_factor(self.schedule, step, steps, self.warmup_steps)
 
 

@@ -28,6 +28,9 @@ from medbridge_kernels.impl import Impl
 _LARGEST = {"ratio_max", "rollout_ratio_max"}
 """Metrics of which a step has the largest; of all others it has the mean over tokens."""
 
+_MEANS = {"effective_sample_size": "ratio_mean", "rollout_effective_sample_size": "rollout_ratio_mean"}
+"""The mean of the ratios that an effective sample size is of."""
+
 _COMPARED_BYTES = 64 << 20
 """Logits of the tokens that the back ends are compared on: plain torch holds several copies of them."""
 
@@ -144,7 +147,7 @@ class _Metrics:
         self._tokens = 0
         self._sums: dict[str, float] = {}
         self._largest: dict[str, float] = {}
-        self._squares = 0.0  # of the ratios of old over rollout probability
+        self._squares: dict[str, float] = {}  # of ratios whose effective sample size is told, by its name
 
     def add(self, outputs: LossOutputs, tokens: int) -> None:
         values = {name: float(value) for name, value in outputs.metrics.items()}
@@ -155,25 +158,26 @@ class _Metrics:
                 self._largest[name] = max(self._largest.get(name, value), value)
             else:
                 self._sums[name] = self._sums.get(name, 0.0) + tokens * value
-        if values.get("rollout_effective_sample_size"):  # (sum r)^2 / (count * sum r^2)
-            self._squares += tokens * values["rollout_ratio_mean"] ** 2 / values["rollout_effective_sample_size"]
+        for name, mean in _MEANS.items():
+            if values.get(name):  # (sum r)^2 / (count * sum r^2)
+                self._squares[name] = self._squares.get(name, 0.0) + tokens * values[mean] ** 2 / values[name]
 
     def over(self, ranks: Ranks) -> _Metrics:
         """Those of the tokens of all ranks together."""
         merged = _Metrics()
         for tokens, sums, largest, squares in ranks.gather([self._tokens, self._sums, self._largest, self._squares]):
             merged._tokens += tokens
-            merged._squares += squares
-            for name, value in sums.items():
-                merged._sums[name] = merged._sums.get(name, 0.0) + value
+            for own, others in ((merged._sums, sums), (merged._squares, squares)):
+                for name, value in others.items():
+                    own[name] = own.get(name, 0.0) + value
             for name, value in largest.items():
                 merged._largest[name] = max(merged._largest.get(name, value), value)
         return merged
 
     def means(self) -> dict[str, float]:
         means = {name: value / self._tokens for name, value in self._sums.items()}
-        if self._squares:
-            means["rollout_effective_sample_size"] = means["rollout_ratio_mean"] ** 2 * self._tokens / self._squares
+        for name, squares in self._squares.items():
+            means[name] = means[_MEANS[name]] ** 2 * self._tokens / squares
         return means | self._largest
 
 

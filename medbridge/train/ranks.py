@@ -73,8 +73,6 @@ class Ranks:
 
         All ranks call it with the same costs. The dearest go first, each to the rank that has least.
         """
-        if self.count == 1:
-            return list(range(len(costs)))
         loads = [(0.0, 0)] * self.count  # cost and number of what a rank has
         own = []
         for at in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):

@@ -91,10 +91,11 @@ def train_rl(
         ranks.lead(stack.enter_context, pipeline)
         for step in range(start + 1, settings.steps + 1):
             batch = ranks.share(pipeline.take, step)
+            examples = [] if term is None else term.batch(step)
             began = time.perf_counter()
             trainable.begin(step)
             learner.loss.comparing = step == 1  # not again in a run that resumes
-            metrics = learner.update(step, batch, trainable)
+            metrics = learner.update(step, batch, trainable, examples)
             metrics["seconds_training"] = time.perf_counter() - began - metrics.pop("seconds_comparing", 0.0)
             trainable.publish()
             ranks.lead(pipeline.trained, step)
@@ -102,8 +103,7 @@ def train_rl(
             held_out = ranks.share(scored, score if saves or step == settings.steps else None, step)
             if held_out is not None:
                 metrics["held_out_accuracy"] = held_out
-            trained = [group.request.item for group in batch.groups]
-            trained += [] if term is None else [example.item for example in term.batch(step)]
+            trained = [*(group.request.item for group in batch.groups), *(example.item for example in examples)]
             ranks.lead(on_step, step, metrics | pipeline.take_seconds(), [item.id for item in trained])
             if saves:
                 trainable.save(checkpoints, step, {"position": batch.position}, score=held_out)

@@ -174,6 +174,7 @@ def naive(
     metrics = {
         "clip_low": average(lambda t: advantage[t] < 0 and r(t) < low),
         "clip_high": average(lambda t: advantage[t] > 0 and r(t) > high),
+        "ratio_mean": average(r),
         "ratio_max": max(map(r, kept)),
         "effective_sample_size": sample_size(r),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,20 @@ def test_half_precision_computes_from_float32_masters(
     assert half.model.lm_head.weight.dtype == torch.float32
     allowed = [token for token in range(full.vocab_size) if token not in full.banned]
     assert 0 < float((outputs[0] - outputs[1])[:, allowed].detach().abs().max()) < 0.05
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["activations kept", "checkpointing"])
+@pytest.mark.parametrize("trained", [False, True], ids=["measured", "trained"])
+def test_freed_memory_is_kept_where_a_cpu_trains_without_checkpointing(
+    trained: bool, checkpointing: bool, model_folder: Callable[[str], Path], processes: Any, tmp_path: Path
+) -> None:
+    script, out, log = Path(__file__).with_name("freed_memory.py"), tmp_path / "kept", tmp_path / "log"
+    settings = ModelSettings(device="cpu", gradient_checkpointing=checkpointing).model_dump_json()
+    argv = [script, model_folder("qwen2_5_vl"), settings, "trained" if trained else "", out]
+    assert processes.wait(processes.start(argv, log)) == 0, log.read_text()
+    kept = float(out.read_text())
+    assert kept > 0.9 if trained and not checkpointing else kept < 0.5
 
 
 # -- what can't be loaded ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from conftest import PROMPT, Answers, Rollouts
 from medbridge.data import DataSettings, ImageCache, SourceSettings, open_items
 from medbridge.model import ModelSettings, Policy
 from medbridge.rollout import SamplingSettings
-from medbridge.train import RlSettings, SftSettings, train_rl, train_sft
+from medbridge.train import RlSettings, SftSettings, Supervision, train_rl, train_sft
 from medbridge.train.messages import decode, encode
 from medbridge.train.optimization import Trainable
 from medbridge.train.parallel import joined
@@ -64,6 +64,9 @@ def _train(case: dict[str, Any], data: Path, out: Path, ranks: Ranks) -> None:
         store = {int(k): v for k, v in decode(kept.read_bytes()).items()} if kept.is_file() else {}
         rollouts = Rollouts(policy, common["images"], seed=0, store=store)
         plan = RlSettings(**{**BASE, **case["settings"]})
+        if "supervised" in case:
+            imitated = SftSettings(**case["supervised"])
+            common["supervised"] = Supervision(Answers(own), Answers(own[:3]), imitated, weight=0.5)
         train_rl(policy, own, plan, rollouts, rollout=SamplingSettings(max_new_tokens=8), **common)
         if not kept.is_file():
             kept.write_bytes(encode({str(step): graded for step, graded in store.items()}))

@@ -1,7 +1,7 @@
-"""Trains two steps in a process of its own, and writes the peak of its memory and the plan of it as JSON.
+"""Trains two steps in a process of its own, or samples, and writes the peak of its memory and the plan of it as JSON.
 
-Not a test: `test_memory.py` starts it. Arguments: the model's folder, a picture or "", the model's settings as JSON,
-tokens of a micro-batch, and the file to write.
+Not a test: `test_memory.py` starts it. Arguments: "train" or "sample", the model's folder, a picture or "", the model's
+settings as JSON, tokens of a micro-batch or completions, and the file to write.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from medbridge.data import ImageCache, Item, PromptSettings, permutation
 from medbridge.data.answers import Outcome
 from medbridge.model import ModelSettings, Policy
 from medbridge.model.policy import give_freed_memory_back
+from medbridge.rollout import RolloutSettings, TransformersEngine
 from medbridge.rollout.engine import Graded, Request, Rollout
 from medbridge.train import RlSettings
 from medbridge.train.activations import MicroBatch
+from medbridge.train.engine_memory import Sampling
 from medbridge.train.groups import Batch, Group
 from medbridge.train.learner import Learner
 from medbridge.train.memory import plan_memory
@@ -62,7 +65,29 @@ def sampled(picture: str) -> Batch:
     return Batch(groups, [], 0, 0, 0.0)
 
 
-def main(folder: str, picture: str, held: str, tokens: str, out: str) -> None:
+def sample(folder: str, picture: str, held: str, completions: str, out: str) -> None:
+    torch.set_num_threads(1)
+    policy, images = Policy.load(folder, ModelSettings.model_validate_json(held)), ImageCache(64 << 20)
+    give_freed_memory_back()
+    rows, settings = int(completions), RolloutSettings(max_new_tokens=64)
+    engine = TransformersEngine(policy, PROMPTS, images, batch_size=rows)
+    first = sampled(picture).groups[0].request
+    numbers, orders = tuple(range(8)), first.permutations[:1] * 8
+    requests = [Request(replace(first.item, id=str(n)), numbers, orders) for n in range(rows // 8)]
+    list(engine.generate(requests[:1], settings, seed=0))  # what libraries set up at their first use
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    list(engine.generate(requests, settings, seed=0))
+    peak = resident("VmHWM") - before
+    longest = policy.length(first.item, first.permutations[0], PROMPTS, images)
+    plan = plan_memory(
+        folder, ModelSettings(), RlSettings(), sampling=Sampling("transformers", settings, 0, rows, longest)
+    )
+    parts = plan.phases["sampling"]
+    Path(out).write_text(json.dumps({"measured": peak, "planned": sum(parts.values()), "table": plan.table()}))
+
+
+def train(folder: str, picture: str, held: str, tokens: str, out: str) -> None:
     torch.set_num_threads(1)
     model, images = ModelSettings.model_validate_json(held), ImageCache(64 << 20)
     settings = RlSettings(micro_batch_tokens=int(tokens), learning_rate=1e-6, warmup_steps=0)
@@ -86,4 +111,4 @@ def main(folder: str, picture: str, held: str, tokens: str, out: str) -> None:
     Path(out).write_text(json.dumps({"measured": peak, "planned": plan.peak, "table": plan.table()}))
 
 
-main(*sys.argv[1:])
+{"train": train, "sample": sample}[sys.argv[1]](*sys.argv[2:])

@@ -18,8 +18,10 @@ from medbridge.data import ImageCache, Item, PromptSettings
 from medbridge.errors import MedbridgeError
 from medbridge.model import FromNothing, ModelSettings, Policy, init_model
 from medbridge.model.policy import LoraSettings
+from medbridge.rollout import RolloutSettings
 from medbridge.train import RlSettings, SftSettings
 from medbridge.train.activations import MicroBatch, activations, cache_bytes
+from medbridge.train.engine_memory import Sampling
 from medbridge.train.memory import GIB, device_memory, plan_memory
 from medbridge.train.parameters import add_adapters, trained_parameters
 
@@ -62,10 +64,40 @@ def test_peaks_are_as_planned(
     shown: bool, model: dict[str, Any], tokens: int, wide_model: Path, picture: str, processes: Any, tmp_path: Path
 ) -> None:
     script, out, log = Path(__file__).with_name("peak_memory.py"), tmp_path / "found.json", tmp_path / "log"
-    argv = [script, wide_model, picture if shown else "", json.dumps(model), tokens, out]
+    argv = [script, "train", wide_model, picture if shown else "", json.dumps(model), tokens, out]
     assert processes.wait(processes.start(argv, log)) == 0, log.read_text()
     found = json.loads(out.read_text())
     assert 0.8 < found["planned"] / found["measured"] < 1.2, (found["measured"] / (1 << 20), found["table"])
+
+
+@pytest.mark.parametrize(("shown", "completions"), [(True, 256), (False, 512)])
+def test_sampling_takes_what_is_planned(
+    shown: bool, completions: int, wide_model: Path, picture: str, processes: Any, tmp_path: Path
+) -> None:
+    script, out, log = Path(__file__).with_name("peak_memory.py"), tmp_path / "found.json", tmp_path / "log"
+    argv = [script, "sample", wide_model, picture if shown else "", "{}", completions, out]
+    assert processes.wait(processes.start(argv, log)) == 0, log.read_text()
+    found = json.loads(out.read_text())
+    assert 0.8 < found["planned"] / found["measured"] < 1.2, (found["measured"] / (1 << 20), found["table"])
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
+def test_engines_take_their_share(engine: Any) -> None:
+    config, trained = large_config(2, 256, 512, 8, 2), RlSettings()
+
+    def planned(device: torch.device, engines: int, sleep: bool) -> Any:
+        settings = RolloutSettings(vllm={"sleep": sleep, "gpu_memory": 0.5, "kv_cache_gb": 2})
+        drawn = Sampling(engine, settings, engines, 64, 0)
+        return plan_memory(config, ModelSettings(), trained, device=device, available=80 * GIB, sampling=drawn)
+
+    awake, asleep = planned(GPU, 1, False), planned(GPU, 1, True)
+    assert awake.held["rollout engines"] == sum(asleep.phases["sampling"].values()) == 40 * GIB
+    assert asleep.held["rollout engines"] == sum(awake.phases["sampling"].values()) == 0
+    assert asleep.peak == sum(asleep.held.values()) + 40 * GIB
+    cpu = planned(torch.device("cpu"), 2, True)
+    assert cpu.held["rollout engines"] == pytest.approx(2 * (cpu.held["weights"] + 2 * GIB), rel=1e-9)
+    elsewhere = planned(GPU, 0, True)
+    assert elsewhere.held["rollout engines"] == sum(elsewhere.phases["sampling"].values()) == 0
 
 
 def saved_by(policy: Policy, run: Callable[[], Any]) -> int:

@@ -46,10 +46,10 @@ def test_the_order_can_be_taken_up_anywhere() -> None:
 
 
 def test_the_rate_warms_up_and_follows_its_schedule() -> None:
-    constant = OptimizerSettings(learning_rate=1.0, schedule="constant", warmup_steps=3)
-    assert [constant.rate(step, 10) for step in (1, 2, 3, 4, 10)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    cosine = OptimizerSettings(learning_rate=1.0, schedule="cosine", warmup_steps=2)
-    rates = [cosine.rate(step, 10) for step in range(1, 11)]
+    constant = OptimizerSettings(schedule="constant", warmup_steps=3)
+    assert [constant.factor(step, 10) for step in (1, 2, 3, 4, 10)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    cosine = OptimizerSettings(schedule="cosine", warmup_steps=2)
+    rates = [cosine.factor(step, 10) for step in range(1, 11)]
     assert rates[:2] == [1 / 3, 2 / 3]
     for step in range(3, 11):
         assert rates[step - 1] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 8)) / 2)
@@ -58,25 +58,24 @@ def test_the_rate_warms_up_and_follows_its_schedule() -> None:
 
 
 def test_a_line_falls_evenly_to_the_same_end() -> None:
-    linear = OptimizerSettings(learning_rate=2.0, schedule="linear", warmup_steps=2)
-    rates = [linear.rate(step, 10) for step in range(1, 11)]
-    assert rates[:2] == [2 / 3, 4 / 3]
-    assert rates[2:] == pytest.approx([2 * (1 - 0.9 * done / 8) for done in range(1, 9)])
-    assert rates[-1] == pytest.approx(0.2)
+    linear = OptimizerSettings(schedule="linear", warmup_steps=2)
+    rates = [linear.factor(step, 10) for step in range(1, 11)]
+    assert rates[:2] == [1 / 3, 2 / 3]
+    assert rates[2:] == pytest.approx([1 - 0.9 * done / 8 for done in range(1, 9)])
+    assert rates[-1] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_no_schedule_jumps_where_the_warm_up_ends(schedule: Any) -> None:
-    settings = OptimizerSettings(learning_rate=1.0, schedule=schedule, warmup_steps=50)
-    rates = [settings.rate(step, 500) for step in range(1, 501)]
+    settings = OptimizerSettings(schedule=schedule, warmup_steps=50)
+    rates = [settings.factor(step, 500) for step in range(1, 501)]
     assert max(rates) <= 1.0 and min(rates) > 0
     assert max(abs(one - two) for one, two in itertools.pairwise(rates)) <= 1 / 50
-    assert [settings.factor(step, 500) for step in (1, 300)] == [settings.rate(step, 500) for step in (1, 300)]
 
 
 def test_a_warm_up_longer_than_the_stage_or_none_at_all() -> None:
-    assert all(0 < OptimizerSettings(learning_rate=1.0, warmup_steps=20).rate(step, 5) < 1 for step in range(1, 6))
-    assert OptimizerSettings(learning_rate=1.0, warmup_steps=0, schedule="constant").rate(1, 5) == 1.0
+    assert all(0 < OptimizerSettings(warmup_steps=20).factor(step, 5) < 1 for step in range(1, 6))
+    assert OptimizerSettings(warmup_steps=0, schedule="constant").factor(1, 5) == 1.0
 
 
 # -- steps ---------------------------------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ def test_the_update_is_adamw_as_its_paper_has_it(load_policy: Callable[..., Poli
             other.grad = torch.randn(other.shape, generator=generator)
         assert parameter.grad is not None
         gradient = parameter.grad.double()
-        rate = trainable.settings.rate(step, 10)
+        rate = 1e-2 * trainable.settings.factor(step, 10)
         first = 0.8 * first + 0.2 * gradient
         second = 0.95 * second + 0.05 * gradient**2
         value = value * (1 - rate * 0.1)

@@ -147,22 +147,26 @@ def test_metrics_do_not_depend_on_the_micro_batches(
     engine = [-5.5 + torch.randn(length, generator=generator) for length in lengths]
     old = [-5.5 + 0.1 * torch.randn(length, generator=generator) for length in lengths]
     at = 0
+    now = []
     for size in sizes:
         part = slice(at, at + size)
         batch = policy.collate(prompts[part], rows[part])
-        loss.backward(
+        _, outputs = loss.backward(
             policy.completion_hidden(batch), batch.labels, sequence_ids=batch.sequence_ids,
             advantages=torch.tensor([1.0, -0.5, 0.7])[part], old_logprobs=torch.cat(old[part]),
             rollout_logprobs=torch.cat(engine[part]), normalizer=3.0,
         )  # fmt: skip
+        now.append(outputs.logprobs)
         at += size
     found = loss.take_metrics()
-    ratio = (torch.cat(old) - torch.cat(engine)).double().exp()
-    assert found["rollout_ratio_mean"] == pytest.approx(float(ratio.mean()), rel=1e-5)
-    assert found["rollout_ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-5)
+    for prefix, over, under in (("", now, old), ("rollout_", old, engine)):
+        ratio = (torch.cat(over) - torch.cat(under)).double().exp()
+        assert found[f"{prefix}ratio_mean"] == pytest.approx(float(ratio.mean()), rel=1e-5)
+        assert found[f"{prefix}ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-5)
+        share = float(ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()))
+        assert share < 0.999
+        assert found[f"{prefix}effective_sample_size"] == pytest.approx(share, rel=1e-5)
     assert found["rollout_kl"] == pytest.approx(float((ratio - 1 - ratio.log()).mean()), rel=1e-5)
-    size_found = found["rollout_effective_sample_size"]
-    assert size_found == pytest.approx(float(ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())), rel=1e-5)
     assert found["corrected"] == pytest.approx(float((ratio > 1.1).double().mean()))
     assert 0 < found["entropy"] < 6.1
     assert loss.take_metrics() == {}

@@ -383,7 +383,7 @@ def test_a_mixed_step_is_the_sum_of_both_gradients(
     loss, _ = alone.backward(alone.batch(2))
     recorder.step(2, loss)
     learner = Learner(policy, settings, PROMPT, images, LIMIT, supervised=term)
-    metrics = learner.update(2, batch, recorder)  # type: ignore[arg-type]
+    metrics = learner.update(2, batch, recorder, term.batch(2))  # type: ignore[arg-type]
     sharpened, bridged, mixed = recorder.gradients
     assert metrics["sft_loss"] == pytest.approx(loss, rel=1e-12)
     scale = max(float(value.abs().max()) for value in mixed.values())
@@ -432,7 +432,8 @@ def test_updates_of_a_mixed_step_share_its_examples(
         )
         recorder = Recorder(policy)
         settings = RlSettings(temperature=0.8, completions=4, updates_per_batch=updates)
-        metrics = Learner(policy, settings, PROMPT, images, LIMIT, supervised=term).update(1, batch, recorder)  # type: ignore[arg-type]
+        learner = Learner(policy, settings, PROMPT, images, LIMIT, supervised=term)
+        metrics = learner.update(1, batch, recorder, term.batch(1))  # type: ignore[arg-type]
         assert 2 <= len(recorder.gradients) <= made  # an update with neither rows nor examples isn't made
         assert [item for part in seen for item in part] == [example.item.id for example in term.batch(1)]
         assert max(map(len, seen)) - min(map(len, seen)) <= 1

@@ -24,14 +24,17 @@ LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 SUMS = (
-    "loss", "tokens", "clip_low", "clip_high", "ratio_max", "ratio_sum", "ratio_squares", "kl", "rollout_ratio_mean",
-    "rollout_ratio_max", "rollout_ratio_sum", "rollout_ratio_squares", "rollout_kl", "corrected", "off_policy",
+    "loss", "tokens", "clip_low", "clip_high", "ratio_mean", "ratio_max", "ratio_sum", "ratio_squares", "kl",
+    "rollout_ratio_mean", "rollout_ratio_max", "rollout_ratio_sum", "rollout_ratio_squares", "rollout_kl", "corrected",
+    "off_policy",
 )  # fmt: skip
-"""What a sequence leaves, one row each of [sums, sequences]. The sums of ratios are relative to their largest."""
+"""What a sequence leaves, one row each of [sums, sequences]. "ratio_sum" and "ratio_squares", also of the rollouts',
+are relative to the largest; the mean comes of ratios as they are."""
 LOSS = tl.constexpr(SUMS.index("loss"))
 TOKENS = tl.constexpr(SUMS.index("tokens"))
 CLIP_LOW = tl.constexpr(SUMS.index("clip_low"))
 CLIP_HIGH = tl.constexpr(SUMS.index("clip_high"))
+RATIO_MEAN = tl.constexpr(SUMS.index("ratio_mean"))
 RATIO_MAX = tl.constexpr(SUMS.index("ratio_max"))
 RATIO_SUM = tl.constexpr(SUMS.index("ratio_sum"))
 RATIO_SQUARES = tl.constexpr(SUMS.index("ratio_squares"))
@@ -303,6 +306,7 @@ def policy_terms_kernel(
     by_log_ratio_sum = zero
     clip_low = zero
     clip_high = zero
+    ratio_mean = zero
     ratio_sum = zero
     ratio_squares = zero
     kl_sum = zero
@@ -371,6 +375,7 @@ def policy_terms_kernel(
 
         clip_low += (kept & (ratio < limits.ratio_low) & (advantage < 0.0)).to(tl.float32)
         clip_high += (kept & (ratio > limits.ratio_high) & (advantage > 0.0)).to(tl.float32)
+        ratio_mean += tl.where(kept, ratio, 0.0)
         relative = tl.where(kept, ratio / tl.maximum(ratio_max, TINY), 0.0)
         ratio_sum += relative
         ratio_squares += relative * relative
@@ -388,6 +393,7 @@ def policy_terms_kernel(
     tl.store(sums_ptr + LOSS * n_sequences, tl.sum(loss, axis=0))
     tl.store(sums_ptr + CLIP_LOW * n_sequences, tl.sum(clip_low, axis=0))
     tl.store(sums_ptr + CLIP_HIGH * n_sequences, tl.sum(clip_high, axis=0))
+    tl.store(sums_ptr + RATIO_MEAN * n_sequences, tl.sum(ratio_mean, axis=0))
     tl.store(sums_ptr + RATIO_SUM * n_sequences, tl.sum(ratio_sum, axis=0))
     tl.store(sums_ptr + RATIO_SQUARES * n_sequences, tl.sum(ratio_squares, axis=0))
     tl.store(sums_ptr + KL * n_sequences, tl.sum(kl_sum, axis=0))
@@ -512,7 +518,7 @@ def policy_terms(
                 CHOICES=choices_of(config, per_token), TILE=terms.tile, num_warps=terms.warps(),
             )  # fmt: skip
         join_sums_kernel[(len(SUMS),)](sums, n_sequences, results, TILE=join.tile, num_warps=join.warps())
-    names = ["clip_low", "clip_high", "ratio_max", "ratio_sum"]
+    names = ["clip_low", "clip_high", "ratio_mean", "ratio_max", "ratio_sum"]
     if ref_logprobs is not None:
         names.append("kl")
     if rollout_logprobs is not None:
