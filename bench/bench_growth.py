@@ -25,7 +25,7 @@ from medbridge.model import FromNothing
 from medbridge.train.groups import Batch
 
 SHAPE = FromNothing(hidden_size=192, layers=6, vision_hidden_size=64, vision_layers=1, image_size=56)
-VOCABULARY, ROUNDS, STEPS, WARM = 2_000, 5, 500, 50
+VOCABULARY, ROUNDS, STEPS, WARM = 2_000, 15, 500, 50
 TOKENS = range(700, VOCABULARY)  # none that stands for an image, of the tokenizer or of the model
 COMPLETIONS, GROUPS = (2, 4, 8, 16), (1, 2, 4, 8)
 MOST_GROWTH_MIB = 32

@@ -15,14 +15,14 @@ docs/learning-check.md.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from records import write_results
 
 from medbridge.config import RunSettings, parse_config
 from medbridge.data import DataSettings, Item, build_prompt, grade, open_items, permutation
@@ -35,9 +35,7 @@ from medbridge.support.routing import hashed_fraction
 from medbridge.train.optimization import Shuffle
 from medbridge.train.rewards import reward
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "learning.json"
-PAGE = HERE.parent / "docs" / "learning-check.md"
+PAGE = Path(__file__).parents[1] / "docs" / "learning-check.md"
 MARKS = ("<!-- learning: begin -->", "<!-- learning: end -->")
 PRESETS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo")
 PEER = "TRL GRPO"
@@ -259,16 +257,6 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    """As the other benchmarks record it."""
-    spec = importlib.util.spec_from_file_location("bench_conftest", HERE / "conftest.py")
-    assert spec is not None and spec.loader is not None
-    shared = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shared)
-    found: dict[str, Any] = shared.machine()
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with medmnist/ and slake/")
@@ -284,11 +272,7 @@ def main() -> None:
     print(table(found))
     if set(methods) != {*PRESETS, PEER}:
         return
-    record = {
-        "measured": datetime.now(UTC).date().isoformat(), "command": "python bench/learning_check.py --write",
-        "machine": machine(), "figures": {"steps": STEPS, **found},
-    }  # fmt: skip
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    write_results("learning", "python bench/learning_check.py --write", {"steps": STEPS, **found})
     if options.write:
         before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
         after = rest.split(MARKS[1])[1]

@@ -163,10 +163,42 @@ def rl_settings(**options: Any) -> RlSettings:
     )
 
 
-# --- TRL's GRPOTrainer ---
+# --- TRL's trainers ---
 
 
-class Grpo:
+class Peer:
+    """A TRL trainer whose step is taken on micro-batches that are given."""
+
+    def __init__(self, trainer: Any) -> None:
+        """Does what a transformers trainer does before its first step, on one CPU."""
+        self.trainer = trainer
+        if trainer.args.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.create_optimizer()
+        trainer.model.train()
+
+    def step(self, inputs: Sequence[Mapping[str, Any]]) -> None:
+        """As its loop does it."""
+        self._accumulate(inputs)
+        trainer = self.trainer
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+
+    def gradients(self, inputs: Sequence[Mapping[str, Any]]) -> Gradients:
+        kept = Gradients(self.trainer.model)
+        kept.loss = self._accumulate(inputs)
+        kept.take()
+        return kept
+
+    def _accumulate(self, inputs: Sequence[Mapping[str, Any]]) -> float:
+        """Loss and gradients of a step."""
+        trainer = self.trainer
+        trainer.current_gradient_accumulation_steps = len(inputs)
+        return sum(float(trainer.training_step(trainer.model, dict(each), None)) for each in inputs)
+
+
+class Grpo(Peer):
     """A `GRPOTrainer` on the same weights that is given its completions instead of drawing them."""
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -184,12 +216,12 @@ class Grpo:
             "max_completion_length": 128, "lr_scheduler_type": "constant",
         }  # fmt: skip
         self.processor = AutoProcessor.from_pretrained(model)
-        self.trainer = Given(
+        trainer = Given(
             model=model, processing_class=self.processor, args=trl.GRPOConfig(**defaults | options),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             train_dataset=datasets.Dataset.from_dict({"prompt": ["none"] * 64}),
         )  # fmt: skip
-        prepare_trainer(self.trainer)
+        super().__init__(trainer)
 
     def inputs(self, batch: Batch, model: str) -> list[dict[str, Any]]:
         """The batch as `_generate_and_score_completions` returns it: a micro-batch for each group.
@@ -221,38 +253,6 @@ class Grpo:
             made |= {name: torch.cat([prompt[name]] * len(rows)) for name in ("pixel_values", "image_grid_thw")}
             made |= {"mm_token_type_ids": types.expand(len(rows), -1), "num_images": [1] * len(rows)}
         return made
-
-    def step(self, inputs: Sequence[Mapping[str, Any]]) -> None:
-        train(self.trainer, inputs)
-
-    def gradients(self, inputs: Sequence[Mapping[str, Any]]) -> Gradients:
-        kept = Gradients(self.trainer.model)
-        kept.loss = accumulate(self.trainer, inputs)
-        kept.take()
-        return kept
-
-
-def prepare_trainer(trainer: Any) -> None:
-    """What a transformers trainer does before its first step, on one CPU."""
-    if trainer.args.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer.create_optimizer()
-    trainer.model.train()
-
-
-def accumulate(trainer: Any, micro_batches: Sequence[Mapping[str, Any]]) -> float:
-    """Loss and gradients of a step."""
-    trainer.current_gradient_accumulation_steps = len(micro_batches)
-    return sum(float(trainer.training_step(trainer.model, dict(inputs), None))
-               for inputs in micro_batches)  # fmt: skip
-
-
-def train(trainer: Any, micro_batches: Sequence[Mapping[str, Any]]) -> None:
-    """A step as its loop does it."""
-    accumulate(trainer, micro_batches)
-    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
-    trainer.optimizer.step()
-    trainer.model.zero_grad()
 
 
 # --- supervised steps ---
@@ -291,7 +291,7 @@ class OursSft:
         return kept
 
 
-class Sft:
+class Sft(Peer):
     """An `SFTTrainer` on the same weights; its own collator makes the batches."""
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -305,11 +305,11 @@ class Sft:
         }  # fmt: skip
         row = {"prompt": ["none"], "completion": ["none"], "images": [[]]}
         self.prompter = Prompter.load(model)
-        self.trainer = trl.SFTTrainer(
+        trainer = trl.SFTTrainer(
             model=model, processing_class=AutoProcessor.from_pretrained(model),
             args=trl.SFTConfig(**defaults | options), train_dataset=datasets.Dataset.from_dict(row),
         )  # fmt: skip
-        prepare_trainer(self.trainer)
+        super().__init__(trainer)
 
     def inputs(self, batch: Sequence[Example], together: int) -> list[dict[str, Any]]:
         """Micro-batches of so many neighbours, padded."""
@@ -323,12 +323,3 @@ class Sft:
         ]  # fmt: skip
         starts = range(0, len(rows), together)
         return [dict(self.trainer.data_collator(rows[start : start + together])) for start in starts]
-
-    def step(self, inputs: Sequence[Mapping[str, Any]]) -> None:
-        train(self.trainer, inputs)
-
-    def gradients(self, inputs: Sequence[Mapping[str, Any]]) -> Gradients:
-        kept = Gradients(self.trainer.model)
-        kept.loss = accumulate(self.trainer, inputs)
-        kept.take()
-        return kept

@@ -11,14 +11,12 @@ figures depend on the seed, the runs and the grid only, not on the number of job
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from gate_studies.power import render_power, run_power
 from gate_studies.running import Plan
 from gate_studies.sequential import render_sequential, render_strata, run_sequential, run_strata
 from gate_studies.threshold import render_threshold, run_threshold
+from records import record
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gate.json"
@@ -52,23 +51,11 @@ STUDIES = {
 }
 
 
-def machine() -> dict[str, Any]:
-    """As the other benchmarks record it."""
-    spec = importlib.util.spec_from_file_location("bench_conftest", HERE / "conftest.py")
-    assert spec is not None and spec.loader is not None
-    shared = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shared)
-    found: dict[str, Any] = shared.machine()
-    return found
-
-
 def save(path: Path, name: str, command: str, seconds: float, figures: dict[str, Any]) -> None:
     """Put one study's figures into the results, beside those of the others."""
     studies = json.loads(path.read_text())["figures"] if path.is_file() else {}
     studies[name] = {
-        "measured": datetime.now(UTC).date().isoformat(),
-        "command": command,
-        "machine": machine(),
+        **record(command),
         "seconds": round(seconds),
         **figures,
     }

@@ -58,7 +58,7 @@ class Recorder:
         run, stage = self._run, self._stage
         run.ledger.rewind(stage.stage_id, step)
         self._view.begin(step)
-        self._sinks = open_sinks(run.settings, run.folder, stage, first_step=step + 1)
+        self._sinks = open_sinks(run.settings, run.folder, stage, first_step=step + 1, say=run.reporter.say)
         if run.profile:
             folder = run.folder / "profile" / f"{stage.stage_id:02d}-{stage.kind}"
             self._profiler = Profiler(folder, run.profile, run.reporter.say)

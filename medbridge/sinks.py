@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +22,12 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(settings: RunSettings, folder: Path, stage: Stage, *, first_step: int) -> list[Sink]:
+def open_sinks(
+    settings: RunSettings, folder: Path, stage: Stage, *, first_step: int, say: Callable[[str], None]
+) -> list[Sink]:
     """Those that the settings ask for, in the run's folder; steps from `first_step` on are logged anew.
+
+    `say` is told where to look at them, if that is elsewhere.
 
     Raises:
         MedbridgeError: one is asked for by name, and its package is missing.
@@ -33,7 +37,7 @@ def open_sinks(settings: RunSettings, folder: Path, stage: Stage, *, first_step:
     if settings.tensorboard is True or (settings.tensorboard == "auto" and find_spec("tensorboard") is not None):
         sinks.append(TensorBoard(folder / "tensorboard" / name, first_step))
     if settings.wandb is not None:
-        sinks.append(WeightsAndBiases(settings, folder, name))
+        sinks.append(WeightsAndBiases(settings, folder, name, say))
     return sinks
 
 
@@ -62,7 +66,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A W&B run for one stage, taken up again by its name where the stage is."""
 
-    def __init__(self, settings: RunSettings, folder: Path, name: str) -> None:
+    def __init__(self, settings: RunSettings, folder: Path, name: str, say: Callable[[str], None]) -> None:
         if find_spec("wandb") is None:
             raise MedbridgeError(
                 f"wandb is {settings.wandb!r}, and the package is not installed: pip install wandb, or set it to null."
@@ -72,7 +76,10 @@ class WeightsAndBiases:
         self._run: Any = wandb.init(
             project=settings.wandb, name=f"{settings.name} {name}", group=settings.name, id=_run_id(folder, name),
             resume="allow", dir=str(folder), config=settings.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off"),  # the terminal shows a live table
         )  # fmt: skip
+        if not self._run.offline:
+            say(f"W&B: {self._run.url}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

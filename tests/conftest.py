@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from medbridge.config import RunSettings
     from medbridge.data import ImageCache, Item
     from medbridge.model import Policy
+    from medbridge.pipeline import Run
 
 ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "gemma3")
 SIDE = 28
@@ -253,6 +254,33 @@ def tiny_settings(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., R
     from medbridge.config import RunSettings
 
     return lambda **changes: RunSettings.model_validate(tiny_config(**changes))
+
+
+@pytest.fixture
+def open_run(
+    tmp_path: Path, tiny_settings: Callable[..., RunSettings], tiny_data: Path
+) -> Iterator[Callable[..., Run]]:
+    """Open a run in a folder of its own, and close the one before; keywords are laid over the tiny settings."""
+    from rich.console import Console
+
+    from medbridge.pipeline import Run
+    from medbridge.progress import Reporter
+
+    opened: list[Run] = []
+    with (tmp_path / "log").open("w") as log:
+
+        def make(folder: str = "run", **sections: Any) -> Run:
+            for run in opened:
+                run.close()
+            opened.clear()
+            reporter = Reporter(Console(file=log, width=200))
+            run = Run(tmp_path / folder, tiny_settings(**sections), base_dir=tiny_data, reporter=reporter)
+            opened.append(run)
+            return run
+
+        yield make
+        for run in opened:
+            run.close()
 
 
 class Processes:

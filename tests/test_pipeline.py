@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from tiny_runs import pretend
 
-from medbridge.config import RunSettings, load_config
+from medbridge.config import load_config
 from medbridge.data import Item, grade, permutation
 from medbridge.errors import MedbridgeError
-from medbridge.ledger import Ledger, Stage
-from medbridge.measurement import measurement_request
+from medbridge.ledger import Ledger
 from medbridge.model import Policy
 from medbridge.pipeline import Run
 from medbridge.progress import Reporter
@@ -29,28 +29,6 @@ from medbridge.run_folder import environment
 from medbridge.support.routing import route
 
 TABLES = ("items", "stages", "rollouts", "outcomes", "tallies", "verdicts", "batches", "metrics")
-
-
-@pytest.fixture
-def open_run(
-    tmp_path: Path, tiny_settings: Callable[..., RunSettings], tiny_data: Path
-) -> Iterator[Callable[..., Run]]:
-    """Open a run in a folder of its own, and close the one before; keywords are laid over the tiny settings."""
-    opened: list[Run] = []
-    with (tmp_path / "log").open("w") as log:
-
-        def make(folder: str = "run", **sections: Any) -> Run:
-            for run in opened:
-                run.close()
-            opened.clear()
-            reporter = Reporter(Console(file=log, width=200))
-            run = Run(tmp_path / folder, tiny_settings(**sections), base_dir=tiny_data, reporter=reporter)
-            opened.append(run)
-            return run
-
-        yield make
-        for run in opened:
-            run.close()
 
 
 def counts(ledger: Ledger) -> dict[str, int]:
@@ -442,22 +420,6 @@ def test_traces_are_asked_for_and_there_are_none(open_run: Callable[..., Run]) -
 
 
 # -- checks, changes and routes ------------------------------------------------------------------------------------
-
-
-def pretend(run: Run, round: int, model: str, right: Callable[[Item, int], bool]) -> Stage:
-    """A diagnosis whose completions are stored beforehand: sample `number` of an item says the right option or not."""
-    stage = run._begin(round, "diagnose", model, ())
-    for item in run.items.split("validation"):
-        request = measurement_request(item, run.settings.diagnosis.samples, run.settings.seed)
-        rows = []
-        for number, order in zip(request.samples, request.permutations, strict=True):
-            others = [option for option in item.options or () if option != item.answer]
-            text = f"<answer>{item.answer if right(item, number) else others[0]}</answer>"
-            ids, logprobs = np.zeros(1, np.int32), np.zeros(1, np.float32)
-            rollout = Rollout(item.id, number, order, text, ids, logprobs, "stop", 1, 1)
-            rows.append(Graded(rollout, grade(item, order, text, run.settings.data.prompt)))
-        run.ledger.save_rollouts(stage.stage_id, 0, rows)
-    return stage
 
 
 def test_sharpening_that_costs_support_is_taken_back(open_run: Callable[..., Run], formed: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tiny_runs import interrupted
 
 from medbridge.config import RunSettings
 from medbridge.pipeline import Run
@@ -79,19 +80,9 @@ def test_a_stage_of_one_step_has_nothing_to_profile(run: Callable[..., Run], tmp
     assert "only warms up" in (tmp_path / "log").read_text()
 
 
-def test_a_stage_that_fails_leaves_no_profiler_behind(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_fails_leaves_no_profiler_behind(run: Callable[..., Run]) -> None:
     opened = run()
     opened.profile = 5
-    log_step = opened.ledger.log_step
-
-    def dies(stage: int, step: int, metrics: Any, ids: Any) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-        log_step(stage, step, metrics, ids)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(opened.ledger, "log_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            opened.train_once("bridge", ["side"])
+    interrupted(opened, 3, lambda: opened.train_once("bridge", ["side"]))
     opened.train_once("bridge", None)
     assert (opened.folder / "profile" / "01-bridge" / "trace.json.gz").is_file()

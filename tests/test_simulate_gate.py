@@ -192,7 +192,7 @@ def test_script_writes_results_and_page(
     low, high = (truths.Truth(pi, 0.9, items=64) for pi in (0.0, 1.0))
     tiny = {"far below and above": (low, high), "above": (high, high)}
     monkeypatch.setattr(bench("gate_studies.sequential"), "_scenarios", lambda: tiny)
-    monkeypatch.setattr(script, "machine", lambda: {"processor": "tested"})  # reading the versions takes seconds
+    monkeypatch.setattr("records.machine", lambda: {"processor": "tested"})  # reading the versions takes seconds
     page.write_text("before\n<!-- table: strata -->\nold\n<!-- end: strata -->\nafter\n")
     script.main(["--study", "strata", "--runs", "10", "--jobs", "1", "--write"], results, page)
     saved = json.loads(results.read_text())["figures"]["strata"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import json
+import struct
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tiny_runs import interrupted
 
 from medbridge.config import RunSettings
 from medbridge.errors import MedbridgeError
@@ -20,40 +22,18 @@ from medbridge.sinks import open_sinks
 
 STAGE = Stage(3, 0, "bridge", "running", "m", None, ("side",), {}, 0.0, None, {})
 
-STANDS_IN = '''
-"""Records what the package of this name would be told."""
-calls = []
 
+def wandb_records(path: Path) -> list[Any]:
+    """Of an offline run's file: a log of protobufs, each behind its checksum, length and kind (1 is a whole one)."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
-class _Run:
-    def __init__(self, given):
-        self.given = given
-
-    def log(self, metrics, step):
-        calls.append(("log", self.given["id"], step, metrics))
-
-    def finish(self):
-        calls.append(("finish", self.given["id"]))
-
-
-def init(**given):
-    calls.append(("init", given))
-    return _Run(given)
-'''
-
-
-@pytest.fixture
-def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module of that name with the three functions that are called, imported as the real one would be."""
-    if find_spec("wandb") is not None:
-        pytest.skip("the real one is installed")
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "wandb.py").write_text(STANDS_IN)
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    import wandb as module  # type: ignore[import-not-found]
-
-    yield module
-    del sys.modules["wandb"]
+    data, at, found = path.read_bytes(), 7, []
+    while at < len(data):
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        assert kind == 1
+        found.append(Record.FromString(data[at + 7 : at + 7 + length]))
+        at += 7 + length
+    return found
 
 
 @pytest.fixture
@@ -71,8 +51,8 @@ def test_auto_is_where_it_is_installed(
     tiny_settings: Callable[..., RunSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medbridge.sinks.find_spec", lambda name: None)
-    assert open_sinks(tiny_settings(tensorboard="auto"), tmp_path, STAGE, first_step=1) == []
-    assert open_sinks(tiny_settings(tensorboard=False), tmp_path, STAGE, first_step=1) == []
+    assert open_sinks(tiny_settings(tensorboard="auto"), tmp_path, STAGE, first_step=1, say=print) == []
+    assert open_sinks(tiny_settings(tensorboard=False), tmp_path, STAGE, first_step=1, say=print) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,12 +71,14 @@ def test_tensorboard_has_every_metric_of_every_step(run: Callable[..., Run]) -> 
         assert written == [(step, pytest.approx(value, rel=1e-6)) for step, value in points]
 
 
-def test_a_missing_package_is_named_before_anything_is_trained(run: Callable[..., Run]) -> None:
-    if find_spec("wandb") is not None:
-        pytest.skip("it is installed")
+def test_a_missing_package_is_named_before_anything_is_trained(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = run(wandb="project")
-    with pytest.raises(MedbridgeError, match=r"wandb is 'project', and the package is not installed"):
-        opened.train_once("bridge", ["side"])
+    with monkeypatch.context() as patch:
+        patch.setattr("medbridge.sinks.find_spec", lambda name: None)
+        with pytest.raises(MedbridgeError, match=r"wandb is 'project', and the package is not installed"):
+            opened.train_once("bridge", ["side"])
     assert opened.ledger.count("metrics") == 0
     opened.close()
     again = run(wandb=None)  # may be changed
@@ -104,35 +86,34 @@ def test_a_missing_package_is_named_before_anything_is_trained(run: Callable[...
     again.close()
 
 
-def test_wandb_is_told_every_step_and_a_resumed_stage_is_the_same_run(
-    run: Callable[..., Run], wandb: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(find_spec("wandb") is None, reason="W&B is not installed")
+def test_wandb_has_every_metric_of_every_step_and_a_resumed_stage_is_the_same_run(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     opened = run(wandb="project", sft={"checkpoint_every": 2})
-    log_step = opened.ledger.log_step
-
-    def dies(stage: int, step: int, metrics: Any, ids: Any) -> None:
-        if step == 4:
-            raise KeyboardInterrupt
-        log_step(stage, step, metrics, ids)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(opened.ledger, "log_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            opened.train_once("bridge", ["side"])
+    interrupted(opened, 4, lambda: opened.train_once("bridge", ["side"]))
     opened.close()
     opened = run(wandb="project", sft={"checkpoint_every": 2})
     opened.train_once("bridge", None)
     stored = opened.ledger.metrics(1)
     opened.close()
-    [first, *told] = wandb.calls
-    assert first[1] | {"id": "", "config": {}, "dir": ""} == {
-        "project": "project", "name": "tiny 01-bridge", "group": "tiny", "resume": "allow", "id": "", "config": {},
-        "dir": "",
-    }  # fmt: skip
-    assert first[1]["config"]["sft"]["steps"] == 4 and first[1]["dir"] == str(opened.folder)
-    kinds = [(call[0], call[2] if call[0] == "log" else None) for call in told]
-    assert kinds == [
-        ("log", 1), ("log", 2), ("log", 3), ("finish", None), ("init", None), ("log", 3), ("log", 4), ("finish", None),
-    ]  # fmt: skip
-    assert told[4][1]["id"] == first[1]["id"] and told[4][1]["resume"] == "allow"
-    assert told[-2][3]["loss"] == dict(stored["loss"])[4] and set(told[-2][3]) == set(stored)
+    assert "wandb" not in capfd.readouterr().err  # nothing goes between the lines of the live table
+    files = sorted((opened.folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    steps, ids = [], set()
+    for file in files:
+        records = wandb_records(file)
+        [begun] = [record.run for record in records if record.HasField("run")]
+        assert (begun.project, begun.run_group, begun.display_name) == ("project", "tiny", "tiny 01-bridge")
+        [sft] = [entry.value_json for entry in begun.config.update if entry.key == "sft"]
+        assert json.loads(sft)["steps"] == 4
+        ids.add(begun.run_id)
+        for record in records:
+            if record.HasField("history"):
+                values = {"/".join(entry.nested_key): json.loads(entry.value_json) for entry in record.history.item}
+                metrics = {name: value for name, value in values.items() if not name.startswith("_")}
+                steps.append(record.history.step.num)
+                if len(files) == 1 or file == files[1]:
+                    assert metrics == {name: dict(points)[steps[-1]] for name, points in stored.items()}
+    assert len(files) == 2 and len(ids) == 1
+    assert steps == [1, 2, 3, 3, 4]

@@ -4,64 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
+from tiny_runs import interrupted, pretend
 
-from medbridge.config import RunSettings
-from medbridge.data import Item, grade
+from medbridge.data import Item
 from medbridge.errors import MedbridgeError
-from medbridge.ledger import Stage
-from medbridge.measurement import measurement_request
 from medbridge.model import Policy
 from medbridge.pipeline import Run
-from medbridge.progress import Reporter
 from medbridge.report import summarise, write_report
-from medbridge.rollout import GREEDY, Graded, Rollout
+from medbridge.rollout import GREEDY
 from medbridge.scoring import HeldOut
-
-
-@pytest.fixture
-def open_run(
-    tmp_path: Path, tiny_settings: Callable[..., RunSettings], tiny_data: Path
-) -> Iterator[Callable[..., Run]]:
-    """Open a run in a folder of its own, and close the one before; keywords are laid over the tiny settings."""
-    opened: list[Run] = []
-    with (tmp_path / "log").open("w") as log:
-
-        def make(folder: str = "run", **sections: Any) -> Run:
-            for run in opened:
-                run.close()
-            opened.clear()
-            reporter = Reporter(Console(file=log, width=200))
-            opened.append(Run(tmp_path / folder, tiny_settings(**sections), base_dir=tiny_data, reporter=reporter))
-            return opened[-1]
-
-        yield make
-        for run in opened:
-            run.close()
-
-
-def pretend(run: Run, round: int, model: str, right: Callable[[Item, int], bool]) -> Stage:
-    """A diagnosis whose completions are stored beforehand: sample `number` of an item says the right option or not."""
-    stage = run._begin(round, "diagnose", model, ())
-    for item in run.items.split("validation"):
-        request = measurement_request(item, run.settings.diagnosis.samples, run.settings.seed)
-        rows = []
-        for number, order in zip(request.samples, request.permutations, strict=True):
-            others = [option for option in item.options or () if option != item.answer]
-            text = f"<answer>{item.answer if right(item, number) else others[0]}</answer>"
-            ids, logprobs = np.zeros(1, np.int32), np.zeros(1, np.float32)
-            rollout = Rollout(item.id, number, order, text, ids, logprobs, "stop", 1, 1)
-            rows.append(Graded(rollout, grade(item, order, text, run.settings.data.prompt)))
-        run.ledger.save_rollouts(stage.stage_id, 0, rows)
-    return stage
 
 
 def weak_and_strong(item: Item, number: int) -> bool:
@@ -132,17 +91,7 @@ def test_a_mixed_stage_that_was_cut_off_goes_on_bit_by_bit(
         run = open_run(folder, **mixed)
         base, verdicts = verdicts_for(run)
         if killed:
-            log_step = run.ledger.log_step
-
-            def dies(stage: int, step: int, metrics: Any, ids: Any, log: Any = log_step) -> None:
-                if step == 4:
-                    raise KeyboardInterrupt
-                log(stage, step, metrics, ids)
-
-            with monkeypatch.context() as patch:
-                patch.setattr(run.ledger, "log_step", dies)
-                with pytest.raises(KeyboardInterrupt):
-                    run._train(0, base, run._plan(0, verdicts))
+            interrupted(run, 4, partial(run._train, 0, base, run._plan(0, verdicts)))
             run = open_run(folder, **mixed)
             with pytest.raises(MedbridgeError, match=r"a mixed stage was cut off here. Finish it with `medbridge run`"):
                 run.train_once("bridge", ["shade"])
@@ -260,17 +209,7 @@ def test_a_run_that_is_cut_off_keeps_the_same_checkpoint(
     for folder, last in (("straight", None), ("cut", 5)):
         run = open_run(folder, **settings)
         if last is not None:
-            log_step = run.ledger.log_step
-
-            def dies(stage: int, step: int, metrics: Any, ids: Any, log: Any = log_step, at: int = last) -> None:
-                if step == at:
-                    raise KeyboardInterrupt
-                log(stage, step, metrics, ids)
-
-            with monkeypatch.context() as patch:
-                patch.setattr(run.ledger, "log_step", dies)
-                with pytest.raises(KeyboardInterrupt):
-                    run.train_once("bridge", ["side"])
+            interrupted(run, last, partial(run.train_once, "bridge", ["side"]))
             run = open_run(folder, **settings)
         run.train_once("bridge", None if last else ["side"])
         [stage] = run.ledger.stages()
