@@ -6,8 +6,6 @@ It neither samples nor trains. What needs no weights stands in `prompter`.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import tempfile
 from collections import OrderedDict
@@ -28,14 +26,13 @@ from medbridge.data.images import ImageCache
 from medbridge.data.items import Item, Permutation
 from medbridge.data.prompts import PromptSettings
 from medbridge.errors import MedbridgeError
+from medbridge.model import liger
+from medbridge.model.allocator import give_freed_memory_back, keep_freed_memory
 from medbridge.model.attention import packed_arguments, use_packed_attention
 from medbridge.model.initialise import FromNothing, replace_folder
 from medbridge.model.packing import PackedBatch, merge_vision, pack, plan
 from medbridge.model.prompter import Prompter
 from medbridge.model.shape import patches_of_frames, vision_depth, vision_width
-
-_MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_THRESHOLD = -1, -3
-"""`M_TRIM_THRESHOLD` and `M_MMAP_THRESHOLD` of malloc.h."""
 
 BANNED_LOGIT = -1e9
 """Logit of a token that must not be sampled. Finite, so that p * log p stays 0 and not NaN in the entropy."""
@@ -80,6 +77,11 @@ class ModelSettings(BaseModel):
     freeze_vision: bool = Field(False, description="Leave the vision tower as it is in training.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third slower."
+    )
+    liger: bool | Literal["auto"] = Field(
+        "auto",
+        description="Liger's fused norms, gated MLPs and rotary embeddings in training; auto takes them on CUDA if "
+        "liger-kernel is installed.",
     )
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of all weights.")
 
@@ -206,6 +208,7 @@ class Policy(Prompter):
             MedbridgeError: where the model or its processor cannot be loaded.
         """
         device = pick_device(settings.device)
+        fused = liger.wanted(settings.liger, device, trainable=trainable)
         if device.type == "cpu":
             torch.set_flush_denormal(True)  # small models' gradients hold many, and a CPU adds them 100 times slower
             if trainable and settings.gradient_checkpointing:
@@ -235,6 +238,8 @@ class Policy(Prompter):
                 "config.json."
             )
         model.to(device)
+        if fused:
+            liger.use_liger(model)
         return cls(model, processor, path=path, compute_dtype=compute, stored_dtype=stored)
 
     def save(self, out: Path) -> Path:
@@ -490,32 +495,6 @@ def _declare_dtype(path: Path, dtype: str) -> None:
         if isinstance(section, dict) and "dtype" in section:
             section["dtype"] = dtype
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def give_freed_memory_back() -> None:
-    """Have glibc, where that is the C library, map each block of a MiB or more by itself, for the whole process.
-
-    By default it maps ever fewer as large blocks are freed, and keeps the holes between those in use: training held
-    1000 MiB at its peak instead of 511 with gradient checkpointing (4 groups with images, 14 M parameters). It costs
-    page faults, which took small models up to 1.6 times as long: so it is for those who ask for memory.
-    """
-    _mallopt(_MALLOPT_MMAP_THRESHOLD, 1 << 20)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc, where that is the C library, keep what is freed for the next step, for the whole process.
-
-    By default it gives the end of its memory back to the system when a step is done, and each page of it is zeroed anew
-    in the next one: the larger the step, the longer a token took. Without that the same tokens took 0.8 to 0.9 of the
-    processor's time (4 M parameters, 1 to 8 groups a step), at the same peak.
-    """
-    _mallopt(_MALLOPT_TRIM_THRESHOLD, -1)  # never
-    _mallopt(_MALLOPT_MMAP_THRESHOLD, 32 << 20)  # the most it takes; larger blocks come and go by themselves
-
-
-def _mallopt(option: int, value: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # another system's C library
-        ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
 def pick_device(wanted: str) -> torch.device:

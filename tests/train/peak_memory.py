@@ -20,7 +20,7 @@ import torch
 from medbridge.data import ImageCache, Item, PromptSettings, permutation
 from medbridge.data.answers import Outcome
 from medbridge.model import ModelSettings, Policy
-from medbridge.model.policy import give_freed_memory_back
+from medbridge.model.allocator import give_freed_memory_back
 from medbridge.rollout import RolloutSettings, TransformersEngine
 from medbridge.rollout.engine import Graded, Request, Rollout
 from medbridge.train import RlSettings
