@@ -43,7 +43,7 @@ def medbridge(
 
     def call(*argv: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["medbridge", *map(str, argv)])
-        monkeypatch.setitem(cli._state, "debug", False)
+        monkeypatch.setitem(cli.state, "debug", False)
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -116,7 +116,7 @@ def test_debug_shows_the_traceback(
     from medbridge.errors import MedbridgeError
 
     monkeypatch.setattr(sys, "argv", ["medbridge", "--debug", "report", str(tmp_path / "none")])
-    monkeypatch.setitem(cli._state, "debug", False)
+    monkeypatch.setitem(cli.state, "debug", False)
     with pytest.raises(MedbridgeError, match="no such run database"):
         cli.main()
 
