@@ -26,7 +26,7 @@ from records import write_results
 
 from medbridge.config import RunSettings, parse_config
 from medbridge.data import DataSettings, Item, build_prompt, grade, open_items, permutation
-from medbridge.data.jsonl import item_to_row
+from medbridge.data.importers.jsonl import item_to_row
 from medbridge.data.settings import SourceSettings
 from medbridge.ledger import VerdictRow
 from medbridge.pipeline import Run

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from medbridge.data.answers import Outcome, grade
-from medbridge.data.brain import brain_folder
 from medbridge.data.check import CheckReport, check_items
 from medbridge.data.convert import ImportSummary, import_to_folder
 from medbridge.data.images import ImageCache, load_image
+from medbridge.data.importers.brain import brain_folder
 from medbridge.data.items import Item, ItemSet, Permutation, Skip
 from medbridge.data.prompts import PromptSettings, build_prompt, permutation, target_completion
 from medbridge.data.settings import DataSettings, SourceSettings, SplitName

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from medbridge.data.folder import write_folder
 from medbridge.data.images import ImageCheck
+from medbridge.data.importers.jsonl import item_to_row
 from medbridge.data.items import SPLITS, Item, ItemSet, Skip
-from medbridge.data.jsonl import item_to_row
 from medbridge.data.settings import DataSettings, SourceSettings
 from medbridge.data.sources import open_items
 from medbridge.errors import MedbridgeError

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from medbridge.data.brain import brain_folder
+from medbridge.data.importers.brain import brain_folder
+from medbridge.data.importers.jsonl import read_jsonl
+from medbridge.data.importers.medmnist import read_medmnist
+from medbridge.data.importers.slake import read_slake
 from medbridge.data.items import SPLITS, Item, ItemSet, Skip
-from medbridge.data.jsonl import read_jsonl
-from medbridge.data.medmnist import read_medmnist
 from medbridge.data.sampling import evenly_spaced
 from medbridge.data.settings import DataSettings, SourceSettings
-from medbridge.data.slake import read_slake
 from medbridge.errors import MedbridgeError
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medbridge.data import Item
-from medbridge.data.brain import brain_folder
+from medbridge.data.importers.brain import brain_folder
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from medbridge.data.folder import ensure_folder
+from medbridge.data.importers.jsonl import item_to_row
 from medbridge.data.items import SPLITS, Item
-from medbridge.data.jsonl import item_to_row
 from medbridge.errors import MedbridgeError
 
 BUILD_VERSION = 1

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from medbridge.data import DataSettings, Item, ItemSet, check_items, load_image, open_items
-from medbridge.data import brain as builder
 from medbridge.data.folder import STAMP
+from medbridge.data.importers import brain as builder
 from medbridge.data.items import SPLITS
 from medbridge.errors import MedbridgeError
 

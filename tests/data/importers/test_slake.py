@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from medbridge.data import DataSettings, Item, Skip, SourceSettings, open_items
-from medbridge.data.slake import FILES, read_slake
+from medbridge.data.importers.slake import FILES, read_slake
 from medbridge.errors import MedbridgeError
 
 

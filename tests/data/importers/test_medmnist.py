@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from medbridge.data import Item, Skip, load_image
-from medbridge.data.medmnist import SETS, chosen_findings, read_medmnist
+from medbridge.data.importers.medmnist import SETS, chosen_findings, read_medmnist
 from medbridge.errors import MedbridgeError
 
 COLOUR = {"pathmnist", "dermamnist", "retinamnist", "bloodmnist"}
