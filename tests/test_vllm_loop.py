@@ -5,6 +5,7 @@ What vLLM says token by token is compared in tests/rollout/vllm; here it is what
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -127,3 +128,26 @@ gate: {{min_items: 4, replicates: 200}}
     assert len(asked) == len(set(asked)) == 48 * 9
     kinds = {name: row.kind for name, row in ledger.verdicts(1).items()}
     assert kinds == {name: row.kind for name, row in verdicts(looped["transformers"], 1).items()}
+
+
+def test_sharpening_on_two_ranks(squares: Path, tmp_path: Path, looped: dict[str, Run]) -> None:
+    """Rank 0 has the engine, which samples a step ahead; what torchrun says to ranks does not reach vLLM."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+data: {{sources: [{{kind: jsonl, path: {squares}}}], strata: [task], prompt: {{answer_style: text, system: ""}}}}
+model: {{path: {looped["vllm"].folder / "models" / "04-bridge"}}}
+rollout: {{engine: vllm, max_new_tokens: 12, vllm: {{kv_cache_gb: 0.25}}}}
+rl: {{steps: 3, prompts_per_step: 2, completions: 4, micro_batch_size: 8, staleness: 1}}
+"""
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "--", "medbridge.cli", "sharpen", str(config), "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, "--stratum", "shade", "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ledger = Ledger(tmp_path / "run" / "run.sqlite", read_only=True)
+    weights = [{entry.rollout.weights for entry in ledger.rollouts(1, step=step)} for step in (1, 2, 3)]
+    assert weights == [{0}, {0}, {1}]

@@ -153,18 +153,34 @@ def test_an_error_on_rank_0_is_told_by_the_others(place: Path, tiny_data: Path, 
     assert "rank 0 has ended: RuntimeError" in done.stderr
 
 
-def test_a_stage_of_a_run(tiny_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """The command line on two ranks: a model from nothing is taught the answer form, and sharpened."""
-    config, run = tmp_path / "config.yaml", tmp_path / "run"
-    config.write_text(json.dumps(tiny_config(rl={"checkpoint_every": 1})))
+def medbridge(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line on two ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "--", "medbridge.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, "sharpen", str(config), "--run", str(run), "--stratum", "shade", "--json"],
-        env=environment, capture_output=True, text=True, timeout=200,
+        [*launcher, "-m", "--", "medbridge.cli", *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    told = json.loads(done.stdout)
+    return done
+
+
+def test_a_stage_of_a_run(tiny_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """A model from nothing is taught the answer form, and sharpened."""
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(json.dumps(tiny_config(rl={"checkpoint_every": 1})))
+    told = json.loads(medbridge("sharpen", config, "--run", run, "--stratum", "shade", "--json").stdout)
     assert told["stage"] == "sharpen"
     assert (Path(told["model"]) / "model.safetensors").is_file()
+
+
+def test_a_whole_run(tiny_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Measured on rank 0, trained on both, measured again."""
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(json.dumps(tiny_config()))
+    told = json.loads(medbridge("run", config, "--run", run, "--json").stdout)
+    assert told["state"] == "finished"
+    assert [len(stratum["trained"]) for stratum in told["strata"].values()] == [2] * len(told["strata"])
+    assert (run / told["final_model"] / "model.safetensors").is_file()
+    again = json.loads(medbridge("run", config, "--run", run, "--json").stdout)
+    assert again["rollouts"] == told["rollouts"] and again["final_model"] == told["final_model"]

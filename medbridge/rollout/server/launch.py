@@ -18,7 +18,7 @@ import torch
 
 from medbridge.errors import MedbridgeError
 from medbridge.rollout.settings import CPU_BLOCK, VllmSettings
-from medbridge.rollout.vllm.process import last_words, visible_devices
+from medbridge.rollout.vllm.process import engine_environment, last_words
 from medbridge.torchvision_ops import prepare_children
 
 GRACE_S = 10.0
@@ -60,9 +60,7 @@ def serve_command(model: str, vllm: VllmSettings, *, port: int, dtype: str, seed
 def serve_environment(key: str, devices: Sequence[str]) -> dict[str, str]:
     """Environment of a server of ours. The key stands here since `ps` shows the command line to everyone."""
     prepare_children()
-    env = {**os.environ, "VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # ours is a setting
-    return {**env, **visible_devices(devices)}
+    return {**engine_environment(devices), "VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": "1"}
 
 
 class LaunchedServer:

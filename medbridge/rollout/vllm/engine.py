@@ -23,7 +23,7 @@ from medbridge.rollout.engine import EngineFailure, EngineStats, Phase, Request,
 from medbridge.rollout.room import prompt_length
 from medbridge.rollout.settings import FailureSettings, VllmSettings
 from medbridge.rollout.vllm.draws import Draw, Opened, ask, how, read, split
-from medbridge.rollout.vllm.process import Process, visible_devices
+from medbridge.rollout.vllm.process import Process, engine_environment
 from medbridge.rollout.vllm.transfer import Route, Transfer, choose_route
 from medbridge.rollout.vllm.wire import Message, Patience
 from medbridge.rollout.weights import Weights
@@ -105,9 +105,7 @@ class VllmEngine:
             return
         self._failure = None
         self._route, _ = choose_route(*self._gpus())
-        environment = {**os.environ, **visible_devices(self._devices), "VLLM_NO_USAGE_STATS": "1"}
-        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # ours is a setting
-        self._process = Process(environment, self._log)
+        self._process = Process(engine_environment(self._devices), self._log)
         self._holds_model, self._base = True, None
         patience = Patience(self._start_s)
         try:

@@ -35,6 +35,12 @@ _DECORATION = re.compile(r"^(\x1b\[[0-9;]*m|\([^)]*pid=\d+\)|[A-Z]+ \d\d-\d\d \d
 _CAUSE = re.compile(r"\w*(Error|Exception)\b|error:|out of memory|No space left", re.IGNORECASE)
 _NO_CAUSE = re.compile(r"Engine core initialization failed|root cause|See stack trace|EngineDeadError|\^{4,}")
 
+_TORCHRUN = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
+"""Variables by which torchrun tells a process which of several it is."""
+
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|bad_alloc|no available memory|not enough memory"
     r"|is less than desired|is less than requested memory",
@@ -184,6 +190,17 @@ def says_no_memory(words: str) -> bool:
     return _NO_MEMORY.search(words) is not None
 
 
-def visible_devices(devices: Sequence[int | str] | None) -> dict[str, str]:
-    """The environment that shows a process these GPUs only; None: all that this process sees."""
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
+def engine_environment(devices: Sequence[int | str] | None) -> dict[str, str]:
+    """The environment of vLLM's process, which sees these GPUs only (None: all that this process sees).
+
+    What torchrun tells this process about the ranks that train is not for it: its own workers would take them for
+    theirs, and wait for a store that is not there.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _TORCHRUN and not name.startswith("TORCHELASTIC_")
+    }
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # ours is a setting
+    shown = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
+    return {**environment, **shown, "VLLM_NO_USAGE_STATS": "1"}

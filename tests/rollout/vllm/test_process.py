@@ -14,7 +14,7 @@ import pytest
 from medbridge.rollout.engine import EngineFailure
 from medbridge.rollout.vllm import process as process_module
 from medbridge.rollout.vllm import wire
-from medbridge.rollout.vllm.process import Process, last_words
+from medbridge.rollout.vllm.process import Process, engine_environment, last_words
 from medbridge.rollout.vllm.wire import Message, Patience
 
 ACTOR = f"""
@@ -181,7 +181,7 @@ PARENT = """
 import os, sys, time
 from pathlib import Path
 from medbridge.rollout.vllm import process as process_module
-from medbridge.rollout.vllm.process import Process
+from medbridge.rollout.vllm.process import engine_environment, Process
 from medbridge.rollout.vllm.wire import Message, Patience
 actor, log, told, how = sys.argv[1:]
 process_module.WORKER = (actor,)
@@ -227,3 +227,15 @@ def test_last_words(tmp_path: Path) -> None:
             b"RuntimeError: Engine core initialization failed. See root cause above.\nbye\n"
         )
     assert last_words(log, began) == "KeyError: 'x'"
+
+
+def test_an_engine_is_told_its_gpus_and_nothing_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "VLLM_CPU_KVCACHE_SPACE")
+    for name in foreign:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setenv("HF_HOME", "models")
+    environment = engine_environment([2])
+    assert environment["HF_HOME"] == "models" and environment["CUDA_VISIBLE_DEVICES"] == "2"
+    assert not environment.keys() & set(foreign)
+    assert engine_environment(None)["CUDA_VISIBLE_DEVICES"] == "0,1,2"
