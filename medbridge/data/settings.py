@@ -34,6 +34,11 @@ class SourceSettings(BaseModel):
     splits: dict[SplitName, str] | None = Field(
         None, description="`jsonl` only, instead of `path`: one file for each split."
     )
+    tags: dict[str, str] = Field(
+        default_factory=dict,
+        description="Tags that all its questions get, such as {answer_type: CLOSED}, where sources with different tags "
+        "are to share `data.strata`. A tag that a question has of its own stays.",
+    )
     limit: int | None = Field(
         None, ge=1, description="At most this many questions of each split, evenly spaced over it."
     )

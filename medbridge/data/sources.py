@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from medbridge.data.importers.brain import brain_folder
@@ -38,7 +39,7 @@ def open_items(settings: DataSettings, *, base_dir: Path, cache_dir: Path) -> It
                     "Give every row its own dataset_index, and name no source twice.",
                 )
             elif isinstance(entry, Item):
-                entry = _with_stratum(entry, settings, source)
+                entry = _with_stratum(_with_tags(entry, source), settings, source)
             if isinstance(entry, Skip):
                 if settings.on_bad == "error" and not entry.known:
                     raise MedbridgeError(f"{entry} (Set `data.on_bad: skip` to leave bad rows out.)")
@@ -87,6 +88,10 @@ def _read_folder(folder: Path, image_root: Path, split: str | None, settings: Da
         raise MedbridgeError(f"{folder}: a data folder needs train.jsonl, validation.jsonl or test.jsonl.")
     for name, file in files:
         yield from read_jsonl(file, image_root=image_root, split=split or name, check=settings.check_images)
+
+
+def _with_tags(item: Item, source: SourceSettings) -> Item:
+    return replace(item, tags={**source.tags, **item.tags}) if source.tags else item
 
 
 def _with_stratum(item: Item, settings: DataSettings, source: SourceSettings) -> Item | Skip:

@@ -143,3 +143,13 @@ def test_the_default_is_the_brain(brain: Path) -> None:
     )
     assert [len(found.split(split)) for split in ("train", "validation", "test")] == [50, 50, 50]
     assert len({item.tags["task"] for item in found.split("test")}) == 5
+
+
+def test_tags_of_a_source_are_given_to_questions_that_lack_them(
+    root: Path, make_row: MakeRow, write_rows: WriteRows
+) -> None:
+    rows = [make_row(dataset_index=index, tags=tags) for index, tags in enumerate([{}, {"answer_type": "own"}])]
+    write_rows(root / "q.jsonl", rows)
+    source = {"kind": "jsonl", "path": "q.jsonl", "tags": {"answer_type": "given"}}
+    found = opened(root, source, strata=["answer_type"])
+    assert [item.tags["answer_type"] for item in found.items] == ["given", "own"]
