@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -171,7 +171,15 @@ class RunSettings(BaseModel):
         return self
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
+Settings = TypeVar("Settings", bound=RunSettings)
+"""The schema of a file: a run's, or one that has further sections."""
+
+
+def load_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+    schema: type[Settings] = RunSettings,  # type: ignore[assignment]
+) -> Settings:
     """Read a YAML file and `--set key.path=value` overrides into settings.
 
     Raises:
@@ -181,10 +189,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MedbridgeError(f"{path}: configuration can't be read: {error}") from error
-    return parse_config(text, source=str(path), overrides=overrides)
+    return parse_config(text, source=str(path), overrides=overrides, schema=schema)
 
 
-def parse_config(text: str, *, source: str, overrides: Sequence[str] = ()) -> RunSettings:
+def parse_config(
+    text: str,
+    *,
+    source: str,
+    overrides: Sequence[str] = (),
+    schema: type[Settings] = RunSettings,  # type: ignore[assignment]
+) -> Settings:
     """As `load_config`, from YAML text; `source` is named in errors."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -202,9 +216,9 @@ def parse_config(text: str, *, source: str, overrides: Sequence[str] = ()) -> Ru
         key = _override(content, override)
         origin[key] = f"--set {override}"
     try:
-        return RunSettings.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
-        messages = [_explain(entry, root, source, origin) for entry in error.errors()]
+        messages = [_explain(entry, root, source, origin, schema) for entry in error.errors()]
         raise MedbridgeError("\n".join(messages)) from None
 
 
@@ -213,9 +227,9 @@ def dump_config(settings: RunSettings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def document() -> Iterator[tuple[str, str, str, str]]:
+def document(schema: type[BaseModel] = RunSettings) -> Iterator[tuple[str, str, str, str]]:
     """Every key of the schema: (dotted key, type, default, description)."""
-    yield from _document(RunSettings, "")
+    yield from _document(schema, "")
 
 
 def _document(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
@@ -319,7 +333,11 @@ def _refuse_duplicates(root: yaml.Node | None, source: str) -> None:
 
 
 def _explain(
-    entry: Mapping[str, Any], root: yaml.Node | None, source: str, origin: Mapping[tuple[str, ...], str]
+    entry: Mapping[str, Any],
+    root: yaml.Node | None,
+    source: str,
+    origin: Mapping[tuple[str, ...], str],
+    schema: type[BaseModel],
 ) -> str:
     path = tuple(part for part in entry["loc"] if isinstance(part, int | str))
     dotted = ".".join(map(str, path))
@@ -330,7 +348,7 @@ def _explain(
     if not path:  # of keys that don't go together
         return f"{source}: {message.removeprefix('Value error, ')}."
     if kind == "extra_forbidden":
-        valid = _valid_keys(path[:-1])
+        valid = _valid_keys(schema, path[:-1])
         close = difflib.get_close_matches(str(path[-1]), valid, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return f"{where}: unknown key {dotted!r}.{hint} Valid keys here: {', '.join(valid)}."
@@ -341,8 +359,8 @@ def _explain(
     return f"{where}: {dotted} is {entry['input']!r}: {message[0].lower() + message[1:]}."
 
 
-def _valid_keys(path: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] | None = RunSettings
+def _valid_keys(schema: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] | None = schema
     for part in path:
         if isinstance(part, int) or model is None:
             continue

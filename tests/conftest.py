@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pages
 import pytest
 import torch
 from PIL import Image
@@ -329,3 +330,51 @@ def processes() -> Iterator[Processes]:
     opened = Processes()
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium (`chromium` on the PATH, or its path in CHROMIUM).
+
+    Without it the tests are skipped, unless MEDBRIDGE_REQUIRE_BROWSER=1, which makes that a failure.
+    """
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    missing = None if program else "no Chromium: install it, or name its program in CHROMIUM"
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing = "the Python package playwright is not installed"
+    if missing:
+        if os.environ.get("MEDBRIDGE_REQUIRE_BROWSER") == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=pages.ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def show(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a file in a window of a given width; fails at the end if the page said or requested anything."""
+    contexts, said, requested = [], [], []
+
+    def open_page(path: Path, width: int = 1280, scheme: str = "light") -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: requested.append(request.url))
+        page.goto(path.as_uri(), wait_until="load")
+        loads = [url for url in requested if not url.startswith(("data:", "blob:"))]
+        assert loads == [path.as_uri()]
+        requested.clear()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert [url for url in requested if not url.startswith(("data:", "blob:"))] == []

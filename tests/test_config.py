@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from medbridge.config import RunSettings, document, dump_config, load_config, parse_config
 from medbridge.errors import MedbridgeError
+from medbridge.study import StudyConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted([*(ROOT / "examples").glob("**/*.yaml"), *(ROOT / "medbridge" / "configs").glob("*.yaml")])
@@ -223,8 +224,14 @@ def test_settings_cannot_be_changed_by_accident() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_shipped_configurations_are_valid(path: Path) -> None:
-    settings = load_config(path)
-    assert parse_config(dump_config(settings), source="dumped") == settings
+    schema = StudyConfig if "\nstudy:\n" in path.read_text() else RunSettings
+    settings = load_config(path, schema=schema)
+    assert parse_config(dump_config(settings), source="dumped", schema=schema) == settings
+
+
+def test_a_file_with_a_wrong_key_in_a_section_of_its_own_schema() -> None:
+    with pytest.raises(MedbridgeError, match=r"x:3: unknown key 'study\.sights'\. Did you mean 'sight'\?"):
+        parse_config("data: {}\nstudy:\n  sights: {}\n", source="x", schema=StudyConfig)
 
 
 @pytest.mark.parametrize("section", ["sft", "rl"])

@@ -46,9 +46,9 @@ def demo(run: RunOption = None, as_json: JsonOption = False) -> None:
     clinical benchmark.
     """
     source = files("medbridge").joinpath("configs/demo.yaml")
-    from medbridge.config import parse_config
+    from medbridge.config import RunSettings, parse_config
 
-    settings = parse_config(source.read_text(encoding="utf-8"), source="demo.yaml")
+    settings: RunSettings = parse_config(source.read_text(encoding="utf-8"), source="demo.yaml")
     folder = run or Path("runs") / settings.name
     with open_run(folder, settings, Path.cwd()) as opened:
         opened.execute()

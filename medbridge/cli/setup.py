@@ -65,15 +65,13 @@ def config_command(
     as_json: JsonOption = False,
 ) -> None:
     """Document every configuration key, or check one file and print it with its defaults."""
-    from medbridge.config import document, dump_config, load_config
+    from medbridge.config import RunSettings, document, dump_config, load_config
 
     if path is not None:
-        settings = load_config(path, overrides or [])
+        settings: RunSettings = load_config(path, overrides or [])
         sys.stdout.write(settings.model_dump_json(indent=2) + "\n" if as_json else dump_config(settings))
         return
     if as_json:
-        from medbridge.config import RunSettings
-
         sys.stdout.write(json.dumps(RunSettings.model_json_schema(), indent=2) + "\n")
         return
     table = Table("key", "type", "default", "what it is", show_lines=False)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from medbridge.data.images import load_image
+from medbridge.data.fingerprints import read_fingerprints
 from medbridge.data.items import SPLITS, Item, ItemSet
+from medbridge.data.leaks import Leaks, SharedQuestion, find_leaks
 from medbridge.errors import MedbridgeError
 
 MAX_ANSWERS = 50
 """Most frequent answers of a split that a report lists: open questions can have thousands."""
+
+_NAMED = 4
+"""Files or ids that a line names; the report's own lists have all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,84 +40,128 @@ class SplitCount:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedImage:
-    """Images with exactly the same pixels that occur in several splits."""
+class Finding:
+    """Everything of one kind that was found, a line for each. A remark (`problem` false) may well be meant so."""
 
-    splits: tuple[str, ...]
-    files: tuple[str, ...]
+    title: str
+    problem: bool
+    lines: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a check found. `problems` has one line for each; `shared_images` are leaks between splits."""
+    """What a check found, `images` being files; `findings` says in words what the other lists hold."""
 
     splits: dict[str, SplitCount]
     images: int
     broken_images: list[str] = field(default_factory=list)
     duplicate_ids: list[str] = field(default_factory=list)
-    shared_images: list[SharedImage] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    leaks: Leaks = field(default_factory=Leaks)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """What must not be so: one line for each."""
+        return [line for finding in self.findings if finding.problem for line in finding.lines]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a person should look at: near duplicates and repeated questions."""
+        return [line for finding in self.findings if not finding.problem for line in finding.lines]
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, **asdict(self)}
+        """JSON types, with every list whole."""
+        record = asdict(self)
+        leaks = record.pop("leaks")
+        del record["findings"]
+        return {"ok": self.ok, **record, **leaks, "problems": self.problems, "remarks": self.remarks}
 
 
 def check_items(
     found: ItemSet,
     *,
     strata: Sequence[str] = (),
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Decode every image once, count items, and list all problems of a set of questions.
+    """Decode every image once, count items, and list all problems and leaks of a set of questions.
 
-    `strata` are the tags that make up a stratum. `progress(done, total)` is called after each image file.
-    Memory grows by some hundred bytes for each image; no pixels are kept. Nothing is raised for what is wrong
-    with the data: it is in the report.
+    `strata` are the tags that make up a stratum. `threads` decode (default: one for each core).
+    `progress(done, total)` is called after each image file. Memory grows by some hundred bytes for each image and
+    each question; no pixels are kept. Nothing is raised for what is wrong with the data: it is in the report.
     """
-    splits_of: dict[str, set[str]] = defaultdict(set)
-    for item in found.items:
-        for image in item.images:
-            splits_of[image].add(item.split)
-    broken: list[str] = []
-    by_pixels: dict[bytes, list[str]] = defaultdict(list)
-    for done, path in enumerate(splits_of, start=1):
-        try:
-            by_pixels[_pixel_hash(path)].append(path)
-        except MedbridgeError as error:
-            broken.append(str(error))
-        if progress is not None:
-            progress(done, len(splits_of))
-    shared = []
-    for files in by_pixels.values():
-        splits = {split for file in files for split in splits_of[file]}
-        if len(splits) > 1:
-            shared.append(SharedImage(tuple(split for split in SPLITS if split in splits), tuple(files)))
+    files = list(dict.fromkeys(image for item in found.items for image in item.images))
+    prints = read_fingerprints(files, threads=threads, progress=progress)
+    leaks = find_leaks(found.items, prints)
     ids = Counter(item.id for item in found.items)
     duplicates = [item_id for item_id, count in ids.items() if count > 1]
-    problems = [str(skip) for skip in found.skipped if not skip.known]
-    problems += [f"broken image: {reason}" for reason in broken]
-    problems += [f"the id {item_id!r} stands for {ids[item_id]} questions" for item_id in duplicates]
-    problems += [f"the same image is in {' and '.join(entry.splits)}: {', '.join(entry.files[:4])}" for entry in shared]
     counts, untagged = _counts(found.items, strata)
+    findings = [
+        Finding("rows left out", True, [str(skip) for skip in found.skipped if not skip.known]),
+        Finding("broken images", True, [f"broken image: {reason}" for reason in prints.broken]),
+        Finding(
+            "ids given twice",
+            True,
+            [f"the id {item_id!r} stands for {ids[item_id]} questions" for item_id in duplicates],
+        ),
+        Finding("questions without a stratum", True, untagged),
+        *_leak_findings(leaks),
+    ]
     return CheckReport(
         splits=counts,
-        images=len(splits_of),
-        broken_images=broken,
+        images=len(files),
+        broken_images=prints.broken,
         duplicate_ids=duplicates,
-        shared_images=shared,
         skipped=[str(skip) for skip in found.skipped],
-        problems=problems + untagged,
+        leaks=leaks,
+        findings=[finding for finding in findings if finding.lines],
     )
 
 
-def _pixel_hash(path: str) -> bytes:
-    image = load_image(path)
-    return hashlib.blake2b(image.tobytes(), digest_size=16, salt=f"{image.width}x{image.height}".encode()).digest()
+def _leak_findings(leaks: Leaks) -> list[Finding]:
+    shared = [
+        f"the same image is in {' and '.join(entry.splits)}: {_some(entry.files)} "
+        f"(questions {'; '.join(_some(ids) for ids in entry.items.values())})"
+        for entry in leaks.shared_images
+    ]
+    near = [
+        f"an image of {entry.splits[1]} is nearly one of {entry.splits[0]}: {entry.file}, {entry.seen} "
+        f"({entry.distance} bits apart, correlation {entry.correlation})"
+        for entry in leaks.near_images
+    ]
+    repeated = [
+        f"asked {len(entry.items)} times about the same image in {entry.split}"
+        f"{'' if entry.agree else ', with different answers'}: {entry.question!r} ({_some(entry.items)})"
+        for entry in leaks.duplicates
+    ]
+    return [
+        Finding("images shared between splits", True, shared),
+        Finding(
+            "questions shared between splits", True, [_asked(entry, "the same") for entry in leaks.shared_questions]
+        ),
+        Finding("near duplicates between splits", False, near),
+        Finding(
+            "questions shared on near duplicates",
+            False,
+            [_asked(entry, "nearly the same") for entry in leaks.near_questions],
+        ),
+        Finding("questions asked twice within a split", False, repeated),
+    ]
+
+
+def _asked(entry: SharedQuestion, which: str) -> str:
+    ids = "; ".join(_some(ids) for ids in entry.items.values())
+    return f"asked about {which} image in {' and '.join(entry.items)}: {entry.question!r} ({ids})"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _counts(items: Sequence[Item], strata: Sequence[str]) -> tuple[dict[str, SplitCount], list[str]]:

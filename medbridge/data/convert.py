@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,16 @@ from medbridge.data.images import ImageCheck
 from medbridge.data.importers.jsonl import item_to_row
 from medbridge.data.items import SPLITS, Item, ItemSet, Skip
 from medbridge.data.settings import DataSettings, SourceSettings
-from medbridge.data.sources import open_items
+from medbridge.data.sources import open_items, open_table
 from medbridge.errors import MedbridgeError
 
-_LICENCES = {
+LICENCES = {
     "brain": "Made from the ICBM 152 volumes in nilearn: one average brain, not a clinical benchmark.",
     "slake": "SLAKE 1.0 is published under CC BY 4.0: name its authors wherever you pass it on.",
     "medmnist": "MedMNIST is published under CC BY 4.0, DermaMNIST under CC BY-NC 4.0: name its authors.",
+    "images": "The licence is that of the images.",
+    "dicom": "The licence is that of the images. Pixels only were taken; burnt-in text may still name a patient.",
+    "nifti": "The licence is that of the volumes.",
     "jsonl": "The licence is that of the data it was made from.",
 }
 
@@ -61,33 +64,46 @@ def import_to_folder(
     `progress(done, total)` is called for each item. Raises MedbridgeError if `out_dir` is there and not
     empty, and for bad rows as `on_bad` says.
     """
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise MedbridgeError(f"{out_dir}: exists and is not empty. Name a new folder or empty this one.")
+    require_empty(out_dir)
     settings = DataSettings(sources=[source], on_bad=on_bad, check_images=check_images)
     found = open_items(settings, base_dir=base_dir, cache_dir=cache_dir)
-    names: dict[str, str] = {}
+    images = 0
 
     def build(folder: Path) -> None:
-        done = 0
-        for split in SPLITS:
-            items = found.split(split)
-            if not items:
-                continue
-            with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
-                for item in items:
-                    for image in item.images:
-                        if image not in names:
-                            names[image] = _copy(Path(image), folder)
-                    index = item.id.removeprefix(f"{item.dataset}/{item.split}/")
-                    row = item_to_row(item, index, [names[image] for image in item.images])
-                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(found.items))
-        (folder / "README.md").write_text(_card(source, found), encoding="utf-8")
+        nonlocal images
+        images = write_items(folder, found.items, progress)
+        (folder / "README.md").write_text(_card(source, found, base_dir), encoding="utf-8")
 
     write_folder(out_dir, build)
-    return ImportSummary(out_dir, _counts(found.items), len(set(names.values())), tuple(found.skipped))
+    return ImportSummary(out_dir, count_splits(found.items), images, tuple(found.skipped))
+
+
+def require_empty(folder: Path) -> None:
+    """Raise MedbridgeError if a folder that is to be written holds anything already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MedbridgeError(f"{folder}: exists and is not empty. Name a new folder or empty this one.")
+
+
+def write_items(folder: Path, items: Sequence[Item], progress: Callable[[int, int], None] | None = None) -> int:
+    """Write the JSON lines of each split and the images into an existing folder; the number of distinct images."""
+    names: dict[str, str] = {}
+    done = 0
+    for split in SPLITS:
+        chosen = [item for item in items if item.split == split]
+        if not chosen:
+            continue
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
+            for item in chosen:
+                for image in item.images:
+                    if image not in names:
+                        names[image] = _copy(Path(image), folder)
+                index = item.id.removeprefix(f"{item.dataset}/{item.split}/")
+                row = item_to_row(item, index, [names[image] for image in item.images])
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                done += 1
+                if progress is not None:
+                    progress(done, len(items))
+    return len(set(names.values()))
 
 
 def _copy(image: Path, folder: Path) -> str:
@@ -104,22 +120,31 @@ def _copy(image: Path, folder: Path) -> str:
     return name
 
 
-def _counts(items: list[Item]) -> dict[str, int]:
+def count_splits(items: Sequence[Item]) -> dict[str, int]:
+    """Questions by split, in the order of the splits."""
     counts = Counter(item.split for item in items)
     return {split: counts[split] for split in SPLITS if counts[split]}
 
 
-def _card(source: SourceSettings, found: ItemSet) -> str:
-    counts = ", ".join(f"{count} {split}" for split, count in _counts(found.items).items())
+def _card(source: SourceSettings, found: ItemSet, base_dir: Path) -> str:
+    counts = ", ".join(f"{count} {split}" for split, count in count_splits(found.items).items())
     datasets = ", ".join(sorted({item.dataset for item in found.items}))
+    traps: list[str] = []
+    if source.kind == "table":
+        mapping, _ = open_table(source, base_dir)
+        licence, traps = mapping.licence, mapping.traps
+    else:
+        licence = LICENCES[source.kind]
+    # What differs from the published data is part of what a reader must know.
+    traps = [*traps, *(str(skip) for skip in found.skipped if skip.known and skip.line is None)]
     tags = ", ".join(sorted({tag for item in found.items for tag in item.tags})) or "none"
     return (
         f"# {datasets}\n\n"
         f"Written by `medbridge data import` from a source of kind `{source.kind}`. "
-        f"{_LICENCES[source.kind]}\n\n"
+        f"{licence}\n\n"
         f"- Questions: {counts}; {len(found.skipped)} rows left out.\n"
         f"- Tags: {tags}.\n"
         "- One JSON object a line: `dataset_name, dataset_index, image_paths, question, options,\n"
         "  answer_label, answer, split, tags, floor` and `trace` where there is one; image paths are\n"
-        "  relative to this folder.\n"
+        "  relative to this folder.\n" + "".join(f"- Mind: {trap}\n" for trap in traps)
     )

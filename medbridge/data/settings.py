@@ -7,9 +7,12 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medbridge.data.images import ImageCheck
+from medbridge.data.importers.files import DicomSettings, FolderSettings, NiftiSettings
 from medbridge.data.prompts import PromptSettings
 
 SplitName = Literal["train", "validation", "test"]
+
+_ONLY = {"folder": ("images", "dicom", "nifti"), "dicom": ("dicom",), "nifti": ("nifti",)}
 
 
 class SourceSettings(BaseModel):
@@ -17,10 +20,13 @@ class SourceSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["brain", "slake", "medmnist", "jsonl"] = Field(
+    kind: Literal["brain", "slake", "medmnist", "jsonl", "table", "images", "dicom", "nifti"] = Field(
         description="`brain`: the embedded slices of one average brain; `slake`: the folder of SLAKE 1.0 "
         "(English rows); `medmnist`: one MedMNIST 2D `.npz` file; `jsonl`: a file of questions in the "
-        "MedBridgeRL / MedVLThinker-Eval form, or a folder of train.jsonl, validation.jsonl and test.jsonl.",
+        "MedBridgeRL / MedVLThinker-Eval form, or a folder of train.jsonl, validation.jsonl and test.jsonl; "
+        "`table`: CSV, Parquet, JSON or a Hugging Face data set by a `mapping`; `images`, "
+        "`dicom`, `nifti`: a folder of files, sorted into folders "
+        "by class or with a table of `labels`.",
     )
     path: str | None = Field(
         None, description="File or folder, relative to the configuration file's folder. Not for `brain`."
@@ -39,13 +45,23 @@ class SourceSettings(BaseModel):
         description="Tags that all its questions get, such as {answer_type: CLOSED}, where sources with different tags "
         "are to share `data.strata`. A tag that a question has of its own stays.",
     )
+    mapping: str | None = Field(
+        None,
+        description="`table` only: which columns mean what, a ready-made mapping's name (such as `pmc_vqa`) or a YAML "
+        "file; a `path` that is a YAML file is taken for it.",
+    )
+    folder: FolderSettings = Field(
+        default_factory=FolderSettings, description="`images`, `dicom` and `nifti` only: what is asked about the files."
+    )
+    dicom: DicomSettings = Field(default_factory=DicomSettings, description="`dicom` only: how pixels become an image.")
+    nifti: NiftiSettings = Field(default_factory=NiftiSettings, description="`nifti` only: which slices are taken.")
     limit: int | None = Field(
         None, ge=1, description="At most this many questions of each split, evenly spaced over it."
     )
 
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:
-        if self.kind != "jsonl" and (self.split or self.splits):
+        if (self.split and self.kind not in ("jsonl", "table")) or (self.splits and self.kind != "jsonl"):
             raise ValueError(f"`split` and `splits` are for kind jsonl; {self.kind} brings its own splits")
         if self.kind == "brain" and (self.path or self.image_root):
             raise ValueError("kind brain is built in and takes neither `path` nor `image_root`")
@@ -55,7 +71,16 @@ class SourceSettings(BaseModel):
             raise ValueError("kind jsonl needs either `path` or `splits`")
         if self.splits and self.split:
             raise ValueError("`splits` already says which split each file is; leave `split` out")
-        if self.kind in ("slake", "medmnist") and not self.path:
+        if self.kind != "table" and self.mapping:
+            raise ValueError("`mapping` is for kind table")
+        if self.kind in ("images", "dicom", "nifti") and self.image_root:
+            raise ValueError(f"kind {self.kind} finds its files below `path` and takes no `image_root`")
+        for name, kinds in _ONLY.items():
+            if self.kind not in kinds and getattr(self, name) != type(getattr(self, name))():
+                raise ValueError(f"`{name}` is for kind {' or '.join(kinds)}")
+        if self.kind == "table" and not (self.path or self.mapping):
+            raise ValueError("kind table needs `path`, `mapping` or both")
+        if self.kind not in ("brain", "jsonl", "table") and not self.path:
             raise ValueError(f"kind {self.kind} needs `path`")
         return self
 

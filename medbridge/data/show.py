@@ -1,4 +1,4 @@
-"""A few questions as a person or a script wants to see them. The page with pictures is the report's."""
+"""A few questions as a person or a script wants to see them. The page with pictures is `report.questions`'s."""
 
 from __future__ import annotations
 

@@ -7,9 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from medbridge.data.importers.brain import brain_folder
+from medbridge.data.importers.dicom import read_dicom
+from medbridge.data.importers.files import read_images
 from medbridge.data.importers.jsonl import read_jsonl
+from medbridge.data.importers.mapping import TableMapping, read_mapping, ready_made
 from medbridge.data.importers.medmnist import read_medmnist
+from medbridge.data.importers.nifti import read_nifti
 from medbridge.data.importers.slake import read_slake
+from medbridge.data.importers.table import read_table
 from medbridge.data.items import SPLITS, Item, ItemSet, Skip
 from medbridge.data.sampling import evenly_spaced
 from medbridge.data.settings import DataSettings, SourceSettings
@@ -70,16 +75,50 @@ def read_source(
                 file, image_root=root or file.parent, split=split, override=True, check=settings.check_images
             )
         return
+    if source.kind == "table":
+        mapping, path_of_table = open_table(source, base_dir)
+        yield from read_table(
+            mapping,
+            path_of_table,
+            cache_dir=cache_dir,
+            image_root=root,
+            split=source.split,
+            check=settings.check_images,
+        )
+        return
     assert source.path is not None
     path = _below(base_dir, source.path)
     if source.kind == "slake":
         yield from read_slake(path, image_root=root, check=settings.check_images)
     elif source.kind == "medmnist":
         yield from read_medmnist(path, cache_dir, limit=source.limit)
+    elif source.kind == "images":
+        yield from read_images(path, source.folder, check=settings.check_images)
+    elif source.kind == "dicom":
+        yield from read_dicom(path, source.folder, source.dicom, cache_dir=cache_dir)
+    elif source.kind == "nifti":
+        yield from read_nifti(path, source.folder, source.nifti, cache_dir=cache_dir)
     elif path.is_dir():
         yield from _read_folder(path, root or path, source.split, settings)
     else:
         yield from read_jsonl(path, image_root=root or path.parent, split=source.split, check=settings.check_images)
+
+
+def open_table(source: SourceSettings, base_dir: Path) -> tuple[TableMapping, Path | None]:
+    """The mapping of a table's source and where its data lie; None for a data set on the hub."""
+    name, path = source.mapping, source.path
+    if name is None:
+        assert path is not None
+        if Path(path).suffix.lower() not in (".yaml", ".yml"):
+            raise MedbridgeError(
+                f"{path}: a table needs a `mapping`: the name of a ready-made one ({', '.join(ready_made())}) or a "
+                "YAML file that says which column is what. On the command line, write table:FILE.yaml."
+            )
+        name, path = path, None
+    mapping, folder = read_mapping(name, base_dir)
+    if path is not None:
+        return mapping, _below(base_dir, path)
+    return mapping, None if mapping.path is None else _below(folder, mapping.path)
 
 
 def _read_folder(folder: Path, image_root: Path, split: str | None, settings: DataSettings) -> Iterator[Item | Skip]:

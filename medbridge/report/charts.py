@@ -1,7 +1,7 @@
 """The report's drawings as inline SVG: interval bars, Pass@k curves, training curves, all from plain numbers.
 
-Built as XML elements, so that every text is escaped by construction. Colours are classes of the style sheet,
-and none carries a meaning alone: lines differ in dash, markers in shape, and a table has the same numbers.
+Colours are classes of the style sheet, and none carries a meaning alone: lines differ in dash, markers in shape, and a
+table has the same numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from medbridge.report.text import clean
+from medbridge.report.svg import drawing, label, line, markup, node, path_data, short, text_node
 
 Points = Sequence[tuple[float, float | None]]
 
@@ -74,33 +74,33 @@ def interval_bar(
         share = (position - start) / (stop - start)
         return pad + min(1.0, max(0.0, share)) * (width - 2 * pad)
 
-    svg = _svg(width, height, "bar", title, "")
-    _line(svg, pad, middle, width - pad, middle, "scale")
+    svg = drawing(width, height, "bar", title, "")
+    line(svg, pad, middle, width - pad, middle, "scale")
     for tick in _ticks(start, stop):
         tall = 4.5 if tick in (0.0, 1.0) else 2.5
-        _line(svg, x(tick), middle - tall, x(tick), middle + tall, "scale")
+        line(svg, x(tick), middle - tall, x(tick), middle + tall, "scale")
     for position, kind, name in references:
         if start <= position <= stop:
-            line = _line(svg, x(position), 1.0, x(position), height - 1.0, kind)
-            _text_node(line, "title", name)
+            reference = line(svg, x(position), 1.0, x(position), height - 1.0, kind)
+            text_node(reference, "title", name)
     if value is None:
-        return _markup(svg)
+        return markup(svg)
     group = ET.SubElement(svg, "g", {"class": style})
     if low is not None and high is not None:
         left, right = x(low), max(x(high), x(low) + 1)
-        _node(group, "rect", x=left, y=middle - 3.5, width=right - left, height=7, rx=3.5, **{"class": "band"})
-        _line(group, left, middle - 5, left, middle + 5, "cap")
-        _line(group, right, middle - 5, right, middle + 5, "cap")
+        node(group, "rect", x=left, y=middle - 3.5, width=right - left, height=7, rx=3.5, **{"class": "band"})
+        line(group, left, middle - 5, left, middle + 5, "cap")
+        line(group, right, middle - 5, right, middle + 5, "cap")
     if value < start or value > stop:
         edge, way = (pad, 1) if value < start else (width - pad, -1)
-        path = f"M{_n(edge - way * 6)} {_n(middle)}l{way * 8} -5v10z"
-        _node(group, "path", d=path, **{"class": "dot"})
+        path = f"M{short(edge - way * 6)} {short(middle)}l{way * 8} -5v10z"
+        node(group, "path", d=path, **{"class": "dot"})
     elif style == "baseline":
-        diamond = f"M{_n(x(value))} {_n(middle - 5.5)}l5.5 5.5l-5.5 5.5l-5.5 -5.5z"
-        _node(group, "path", d=diamond, **{"class": "dot"})
+        diamond = f"M{short(x(value))} {short(middle - 5.5)}l5.5 5.5l-5.5 5.5l-5.5 -5.5z"
+        node(group, "path", d=diamond, **{"class": "dot"})
     else:
-        _node(group, "circle", cx=x(value), cy=middle, r=4.5, **{"class": "dot"})
-    return _markup(svg)
+        node(group, "circle", cx=x(value), cy=middle, r=4.5, **{"class": "dot"})
+    return markup(svg)
 
 
 def pass_at_k_chart(
@@ -135,67 +135,67 @@ def pass_at_k_chart(
     def y(share: float) -> float:
         return top + (1 - min(1.0, max(0.0, share))) * (height - top - bottom)
 
-    svg = _svg(width, height, "curve", title, description)
+    svg = drawing(width, height, "curve", title, description)
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        _line(svg, left, y(share), width - right, y(share), "axis" if share == 0 else "grid")
+        line(svg, left, y(share), width - right, y(share), "axis" if share == 0 else "grid")
         if share in (0.0, 0.5, 1.0):
-            _label(svg, left - 6, y(share) + 3.5, f"{share:g}", "end")
+            label(svg, left - 6, y(share) + 3.5, f"{share:g}", "end")
     greedy = left + step * 0.3 if ks else (left + width - right) / 2
-    _label(svg, greedy, height - bottom + 15, "Acc@1", "middle")
+    label(svg, greedy, height - bottom + 15, "Acc@1", "middle")
     for tick in _octave_ticks(ks):
-        _line(svg, x(tick), y(0), x(tick), y(0) + 4, "axis")
-        _label(svg, x(tick), height - bottom + 15, str(tick), "middle")
+        line(svg, x(tick), y(0), x(tick), y(0) + 4, "axis")
+        label(svg, x(tick), height - bottom + 15, str(tick), "middle")
     if ks:
-        _label(svg, (x(1) + width - right) / 2, height - 5, "k, samples a question", "middle")
+        label(svg, (x(1) + width - right) / 2, height - 5, "k, samples a question", "middle")
     if gate_k is not None and gate_k in ks:
-        line = _line(svg, x(gate_k), y(1) - 3, x(gate_k), y(0), "gate")
-        _text_node(line, "title", f"The gate reads support at k = {gate_k}")
-        _label(svg, x(gate_k), y(1) - 6, f"gate k = {gate_k}", "middle" if x(gate_k) < width - 50 else "end")
+        marked = line(svg, x(gate_k), y(1) - 3, x(gate_k), y(0), "gate")
+        text_node(marked, "title", f"The gate reads support at k = {gate_k}")
+        label(svg, x(gate_k), y(1) - 6, f"gate k = {gate_k}", "middle" if x(gate_k) < width - 50 else "end")
     for entry in series:
         group = ET.SubElement(svg, "g", {"class": entry.style})
         upper = [(x(ks[i]), y(v)) for i in shown if (v := entry.high[i]) is not None]
         lower = [(x(ks[i]), y(v)) for i in shown if (v := entry.low[i]) is not None]
         if len(upper) > 1 and len(lower) > 1:
-            _node(group, "path", d=_path([*upper, *reversed(lower)]) + "z", **{"class": "area"})
+            node(group, "path", d=path_data([*upper, *reversed(lower)]) + "z", **{"class": "area"})
     floor_points = [(x(ks[i]), y(v)) for i in shown if (v := floor[i]) is not None]
     if len(floor_points) > 1:
-        _node(svg, "path", d=_path(floor_points), **{"class": "floor"})
+        node(svg, "path", d=path_data(floor_points), **{"class": "floor"})
     elif floor_points:
         at, height_there = floor_points[0]
-        _line(svg, at - 12, height_there, at + 12, height_there, "floor")
+        line(svg, at - 12, height_there, at + 12, height_there, "floor")
     if reached is not None:
         group = ET.SubElement(svg, "g", {"class": "reached"})
         points = [(x(ks[i]), y(v)) for i in shown if (v := reached.value[i]) is not None]
         if points:
-            _line(group, points[0][0], y(reached.guess), points[-1][0], y(reached.guess), "chance")
-            _node(group, "path", d=_path(points), **{"class": "line"})
+            line(group, points[0][0], y(reached.guess), points[-1][0], y(reached.guess), "chance")
+            node(group, "path", d=path_data(points), **{"class": "line"})
         read = ks.index(gate_k) if gate_k is not None and gate_k in ks else None
         if read is not None and (level := reached.value[read]) is not None:
             middle, low, high = x(ks[read]), reached.low[read], reached.high[read]
             if low is not None and high is not None:
-                _line(group, middle, y(low), middle, y(high), "whisker")
-            square = _node(group, "rect", x=middle - 3.5, y=y(level) - 3.5, width=7, height=7, **{"class": "dot"})
-            _text_node(square, "title", f"Reached at k = {gate_k}: {level:.2f}, by guessing {reached.guess:.2f}")
+                line(group, middle, y(low), middle, y(high), "whisker")
+            square = node(group, "rect", x=middle - 3.5, y=y(level) - 3.5, width=7, height=7, **{"class": "dot"})
+            text_node(square, "title", f"Reached at k = {gate_k}: {level:.2f}, by guessing {reached.guess:.2f}")
     for index, entry in enumerate(series):
         group = ET.SubElement(svg, "g", {"class": entry.style})
         points = [(x(ks[i]), y(v)) for i in shown if (v := entry.value[i]) is not None]
         if len(points) > 1:
-            _node(group, "path", d=_path(points), **{"class": "line"})
+            node(group, "path", d=path_data(points), **{"class": "line"})
         for tick in _octave_ticks(ks):
             value = entry.value[list(ks).index(tick)]
             if value is not None:
-                dot = _node(group, "circle", cx=x(tick), cy=y(value), r=3, **{"class": "dot"})
-                _text_node(dot, "title", f"{entry.label}: Pass@{tick} {value:.2f}")
+                dot = node(group, "circle", cx=x(tick), cy=y(value), r=3, **{"class": "dot"})
+                text_node(dot, "title", f"{entry.label}: Pass@{tick} {value:.2f}")
         if entry.acc_at_1 is not None:
             value, low, high = entry.acc_at_1
             # Side by side, so that two markers of the same height can both be seen.
             at = greedy + (index - (len(series) - 1) / 2) * min(11.0, step * 0.35)
             if low is not None and high is not None:
-                _line(group, at, y(low), at, y(high), "whisker")
-            path = f"M{_n(at)} {_n(y(value) - 5)}l5 5l-5 5l-5 -5z"
-            diamond = _node(group, "path", d=path, **{"class": "dot"})
-            _text_node(diamond, "title", f"{entry.label}: Acc@1 {value:.2f}")
-    return _markup(svg)
+                line(group, at, y(low), at, y(high), "whisker")
+            path = f"M{short(at)} {short(y(value) - 5)}l5 5l-5 5l-5 -5z"
+            diamond = node(group, "path", d=path, **{"class": "dot"})
+            text_node(diamond, "title", f"{entry.label}: Acc@1 {value:.2f}")
+    return markup(svg)
 
 
 def training_chart(points: Sequence[tuple[int, float]], *, title: str) -> Markup:
@@ -207,10 +207,10 @@ def training_chart(points: Sequence[tuple[int, float]], *, title: str) -> Markup
     description = f"{len(points):,} steps"
     if values:
         description += f", from {figure(values[0])} to {figure(values[-1])}"
-    svg = _svg(width, height, "training", title, description)
+    svg = drawing(width, height, "training", title, description)
     if not values:
-        _label(svg, width / 2, height / 2, "no finite values", "middle")
-        return _markup(svg)
+        label(svg, width / 2, height / 2, "no finite values", "middle")
+        return markup(svg)
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(1.0, abs(high)):
         margin = abs(high) * 0.1 or 0.5
@@ -224,11 +224,11 @@ def training_chart(points: Sequence[tuple[int, float]], *, title: str) -> Markup
         return top + (high - value) / (high - low) * (height - top - bottom)
 
     for bound in (low, high):
-        _line(svg, left, y(bound), width - right, y(bound), "grid")
-        _label(svg, left - 5, y(bound) + 3.5, figure(bound), "end")
-    _label(svg, left, height - 5, f"step {points[0][0]:,}", "start")
+        line(svg, left, y(bound), width - right, y(bound), "grid")
+        label(svg, left - 5, y(bound) + 3.5, figure(bound), "end")
+    label(svg, left, height - 5, f"step {points[0][0]:,}", "start")
     if len(points) > 1:
-        _label(svg, width - right, height - 5, f"{points[-1][0]:,}", "end")
+        label(svg, width - right, height - 5, f"{points[-1][0]:,}", "end")
     group = ET.SubElement(svg, "g", {"class": "after"})
     stretch: list[tuple[float, float]] = []
     for step, value in [*drawn, (last, None)]:
@@ -236,43 +236,43 @@ def training_chart(points: Sequence[tuple[int, float]], *, title: str) -> Markup
             stretch.append((x(step), y(value)))
         elif stretch:
             if len(stretch) > 1:
-                _node(group, "path", d=_path(stretch), **{"class": "line thin"})
+                node(group, "path", d=path_data(stretch), **{"class": "line thin"})
             else:
-                _node(group, "circle", cx=stretch[0][0], cy=stretch[0][1], r=2, **{"class": "dot"})
+                node(group, "circle", cx=stretch[0][0], cy=stretch[0][1], r=2, **{"class": "dot"})
             stretch = []
     end = next((step, value) for step, value in reversed(drawn) if value is not None)
-    _node(group, "circle", cx=x(end[0]), cy=y(end[1] or 0.0), r=3, **{"class": "dot"})
-    _label(svg, x(end[0]) + 6, y(end[1] or 0.0) + 3.5, figure(values[-1]), "start", "now")
-    return _markup(svg)
+    node(group, "circle", cx=x(end[0]), cy=y(end[1] or 0.0), r=3, **{"class": "dot"})
+    label(svg, x(end[0]) + 6, y(end[1] or 0.0) + 3.5, figure(values[-1]), "start", "now")
+    return markup(svg)
 
 
 def scale(domain: tuple[float, float], references: Sequence[tuple[float, str, str]] = ()) -> Markup:
     """The labelled scale over a column of `interval_bar`s of the same domain; hidden from screen readers."""
     width, height, pad = 220.0, 16.0, 7.0
     start, stop = domain
-    view = f"0 0 {_n(width)} {_n(height)}"
+    view = f"0 0 {short(width)} {short(height)}"
     svg = ET.Element("svg", {"class": "chart bar", "viewBox": view, "aria-hidden": "true"})
     at = {position for position, _, _ in references}
     for tick in {start, 0.0, stop} | at:
         # A label that another would touch is left out; a reference is kept.
         if tick in at or all(abs(tick - other) / (stop - start) > 0.08 for other in at):
             x = pad + (tick - start) / (stop - start) * (width - 2 * pad)
-            _label(svg, x, height - 4, figure(tick), "middle", "strong" if tick in at else "")
-    return _markup(svg)
+            label(svg, x, height - 4, figure(tick), "middle", "strong" if tick in at else "")
+    return markup(svg)
 
 
 def share_bar(parts: Sequence[tuple[str, int]], *, title: str) -> Markup:
     """Counts as one stacked bar, left to right. Each part is (class, count)."""
     width, height = 160.0, 10.0
     total = sum(count for _, count in parts)
-    svg = _svg(width, height, "shares", title, "")
+    svg = drawing(width, height, "shares", title, "")
     at = 0.0
     for kind, count in parts:
         if total and count:
             size = width * count / total
-            _node(svg, "rect", x=at, y=0, width=max(0.5, size - 1), height=height, rx=1.5, **{"class": kind})
+            node(svg, "rect", x=at, y=0, width=max(0.5, size - 1), height=height, rx=1.5, **{"class": kind})
             at += size
-    return _markup(svg)
+    return markup(svg)
 
 
 def figure(value: float) -> str:
@@ -290,49 +290,6 @@ def figure(value: float) -> str:
     else:
         text = f"{value:.3g}"
     return text.replace("-", "\u2212")
-
-
-# -- pieces --------------------------------------------------------------------------------------------------
-
-
-def _svg(width: float, height: float, kind: str, title: str, description: str) -> ET.Element:
-    view = f"0 0 {_n(width)} {_n(height)}"
-    svg = ET.Element("svg", {"class": f"chart {kind}", "viewBox": view, "role": "img", "focusable": "false"})
-    _text_node(svg, "title", title)
-    if description:
-        _text_node(svg, "desc", description)
-    return svg
-
-
-def _node(parent: ET.Element, tag: str, **attributes: float | str) -> ET.Element:
-    texts = {name: value if isinstance(value, str) else _n(value) for name, value in attributes.items()}
-    return ET.SubElement(parent, tag, texts)
-
-
-def _line(parent: ET.Element, x1: float, y1: float, x2: float, y2: float, kind: str) -> ET.Element:
-    return _node(parent, "line", x1=x1, y1=y1, x2=x2, y2=y2, **{"class": kind})
-
-
-def _label(parent: ET.Element, x: float, y: float, text: str, anchor: str, kind: str = "") -> None:
-    attributes = {"class": kind} if kind else {}
-    node = _node(parent, "text", x=x, y=y, **{"text-anchor": anchor}, **attributes)
-    node.text = clean(text)
-
-
-def _text_node(parent: ET.Element, tag: str, text: str) -> None:
-    ET.SubElement(parent, tag).text = clean(text)
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points)
-
-
-def _n(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
-
-
-def _markup(svg: ET.Element) -> Markup:
-    return Markup(ET.tostring(svg, encoding="unicode", short_empty_elements=True))
 
 
 def _ticks(start: float, stop: float) -> list[float]:

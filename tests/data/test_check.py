@@ -40,10 +40,14 @@ def test_everything_is_found(found: ItemSet) -> None:
     assert not report.ok and report.images == 4
     assert len(report.broken_images) == 1 and "bad.png" in report.broken_images[0]
     assert report.duplicate_ids == ["demo/test/0"]
-    (shared,) = report.shared_images
+    (shared,) = report.leaks.shared_images
     assert shared.splits == ("train", "test") and [Path(file).name for file in shared.files] == ["a.png", "b.png"]
     assert len(report.skipped) == 2
-    assert len(report.problems) == 4  # the known defect is listed, but is no problem
+    (question,) = report.leaks.shared_questions
+    assert question.items == {"demo/train": ["demo/train/1"], "demo/test": ["demo/test/0"]}
+    titles = ["rows left out", "broken images", "ids given twice", "images shared between splits"]
+    assert [finding.title for finding in report.findings] == [*titles, "questions shared between splits"]
+    assert len(report.problems) == 5  # the known defect is listed, but is no problem
     train = report.splits["train"]
     assert (train.items, train.images, train.options) == (3, 2, {0: 1, 4: 2})
     assert train.answers == {"Effusion": 1, "Mass": 1, "3": 1}

@@ -112,7 +112,7 @@ def test_how_far_images_are_checked(root: Path, make_row: MakeRow, write_rows: W
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"kind": "csv"}, "'brain', 'slake', 'medmnist' or 'jsonl'"),
+        ({"kind": "csv"}, "'brain', 'slake', 'medmnist', 'jsonl', 'table', 'images', 'dicom' or 'nifti'"),
         ({"kind": "jsonl"}, "needs either `path` or `splits`"),
         ({"kind": "jsonl", "path": "a", "splits": {"train": "b"}}, "needs either `path` or `splits`"),
         ({"kind": "jsonl", "splits": {"train": "b"}, "split": "test"}, "leave `split` out"),

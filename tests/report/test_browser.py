@@ -7,99 +7,17 @@ MEDBRIDGE_REQUIRE_BROWSER=1, which makes that a failure.
 from __future__ import annotations
 
 import io
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import CONTRAST, overflow
 from PIL import Image
 
 from medbridge.report import write_report
 
 pytestmark = pytest.mark.browser
-
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-
-# Contrast of every visible text with what lies behind it, by WCAG 2; returns the texts below 4.5.
-CONTRAST = """() => {
-  const parse = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
-  const linear = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
-  const behind = node => {
-    for (; node; node = node.parentElement) {
-      const colour = parse(getComputedStyle(node).backgroundColor);
-      if (colour[3] === 1) return colour;
-    }
-    return parse(getComputedStyle(document.body).backgroundColor);
-  };
-  const poor = [];
-  for (const node of document.querySelectorAll('body *')) {
-    const text = [...node.childNodes].filter(n => n.nodeType === 3).map(n => n.data).join('').trim();
-    if (!text || !node.checkVisibility() || ['title', 'desc'].includes(node.tagName)) continue;
-    const style = getComputedStyle(node);
-    const ink = parse(node.namespaceURI.endsWith('svg') ? style.fill : style.color);
-    const [a, b] = [light(ink), light(behind(node))].sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < 4.5) poor.push([node.tagName, node.className, text.slice(0, 40)]);
-  }
-  return poor;
-}"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    missing = None if program else "no Chromium: install it, or name its program in CHROMIUM"
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing = "the Python package playwright is not installed"
-    if missing:
-        if os.environ.get("MEDBRIDGE_REQUIRE_BROWSER") == "1":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def show(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a file in a window of a given width; fails at the end if the page said or requested anything."""
-    contexts, said, requested = [], [], []
-
-    def open_page(path: Path, width: int = 1280, scheme: str = "light") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: requested.append(request.url))
-        page.goto(path.as_uri(), wait_until="load")
-        loads = [url for url in requested if not url.startswith("data:")]
-        assert loads == [path.as_uri()]
-        requested.clear()
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert said == []
-    assert [url for url in requested if not url.startswith("data:")] == []
-
-
-def overflow(page: Any) -> int:
-    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -1,0 +1,151 @@
+"""DICOM files as images: rescaled, windowed, MONOCHROME1 turned round, one frame or all.
+
+Nothing of a patient is kept or said: ids and image files are named by a hash of the pixels, messages name a file by
+its number in the order of paths, and no value of the header but the settings' few is read into a question.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medbridge.data.images import MAX_PIXELS, resolve_image
+from medbridge.data.importers.files import DicomSettings, FolderSettings, labelled_folder
+from medbridge.data.importers.pixels import keep_png, pixel_hash, stretched
+from medbridge.data.items import Item, Skip
+from medbridge.errors import MedbridgeError
+
+MAX_BYTES = 2 * 2**30
+MAX_HEADER_ELEMENTS = 20_000
+MAX_FRAMES = 64
+"""Most frames of a sequence: a question with more images fits no model."""
+
+_NOT_DICOM = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".md")
+
+
+def read_dicom(
+    root: Path, folder: FolderSettings, settings: DicomSettings, *, cache_dir: Path
+) -> Iterator[Item | Skip]:
+    """One question for each DICOM file below `root`; a Skip for one that can't be read or shows what another shows."""
+    try:
+        import pydicom
+    except ImportError as error:
+        raise MedbridgeError("DICOM files need `pip install medbridge[dicom]`.") from error
+    # Its remarks quote header values, and those may name a patient.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    found = labelled_folder(root, folder, lambda name: not name.lower().endswith(_NOT_DICOM) and name != "DICOMDIR")
+    yield from found.skipped
+    seen: set[str] = set()
+    for file in found.files:
+        try:
+            images, group, tags = _read(pydicom, resolve_image(root, file.name), settings)
+            index = pixel_hash(np.stack(images))
+            if index in seen:
+                yield Skip(str(root), file.number, None, "shows the same as a file before it.", known=True)
+                continue
+            seen.add(index)
+            paths = [keep_png(image, cache_dir / "dicom") for image in images]
+            yield found.item(file, index, paths, group or index, {"class": file.label, **tags})
+        except MedbridgeError as error:
+            reason = str(error).replace(file.name, "the file").replace(str(root), "")
+            yield Skip(str(root), file.number, None, f"{reason} (The number counts the files in the order of paths.)")
+
+
+def _read(pydicom: Any, path: str, settings: DicomSettings) -> tuple[list[np.ndarray], str | None, dict[str, str]]:
+    """Images (uint8), the patient as a hash, and the tags asked for. What pydicom says is never passed on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if os.path.getsize(path) > MAX_BYTES:
+                raise MedbridgeError(f"larger than {MAX_BYTES} bytes.")
+            header = pydicom.dcmread(path, defer_size=2**16)
+            _check(header)
+            chosen = _frames(header, settings)
+            images = [_pixels(header, frame, settings) for frame in chosen]
+            # A study is the patient's where the patient's number has been taken out.
+            patient = str(header.get("PatientID") or header.get("StudyInstanceUID") or "")
+            tags: dict[str, str] = {key: str(header.get(key)).strip() for key in settings.tags if header.get(key)}
+        except MedbridgeError:
+            raise
+        except Exception as error:  # whatever its readers raise on a broken file, with header values in the text
+            raise MedbridgeError(_reason(error)) from None
+    return images, hashlib.sha256(patient.encode("utf-8", "replace")).hexdigest() if patient else None, tags
+
+
+def _reason(error: Exception) -> str:
+    name = type(error).__name__
+    if name == "InvalidDicomError":
+        return "not a DICOM file: the preamble is missing."
+    if name in ("NotImplementedError", "RuntimeError"):
+        return (
+            "its compressed pixels can't be decoded; install a decoder (`pip install pylibjpeg pylibjpeg-libjpeg "
+            "pylibjpeg-openjpeg`) or write the file without compression."
+        )
+    return f"not a whole DICOM image ({name})."
+
+
+def _check(header: Any) -> None:
+    if len(header) > MAX_HEADER_ELEMENTS:
+        raise MedbridgeError(f"a header of {len(header)} elements; {MAX_HEADER_ELEMENTS} are read.")
+    if not any(key in header for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise MedbridgeError("it holds no pixels.")
+    sizes = [int(header.get(key) or 0) for key in ("Rows", "Columns")]
+    frames = int(header.get("NumberOfFrames") or 1)
+    if min(sizes) < 1 or sizes[0] * sizes[1] > MAX_PIXELS or frames < 1:
+        raise MedbridgeError(f"{sizes[1]} x {sizes[0]} pixels, {frames} frames; 1 to {MAX_PIXELS} pixels are read.")
+
+
+def _frames(header: Any, settings: DicomSettings) -> list[int]:
+    count = int(header.get("NumberOfFrames") or 1)
+    if settings.frame == "middle":
+        return [count // 2]
+    if settings.frame == "all":
+        if count > MAX_FRAMES:
+            raise MedbridgeError(f"{count} frames; a question takes at most {MAX_FRAMES}. Choose one by `frame`.")
+        return list(range(count))
+    if not 0 <= settings.frame < count:
+        raise MedbridgeError(f"it has {count} frames, so there is none of the number {settings.frame}.")
+    return [settings.frame]
+
+
+def _pixels(header: Any, frame: int, settings: DicomSettings) -> np.ndarray:
+    """One frame, uint8 [height, width] or [height, width, 3]."""
+    from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
+    from pydicom.pixels.utils import pixel_array
+
+    # One frame at a time, and already in RGB where the file has YBR.
+    values = pixel_array(header, index=frame)
+    photometric = str(header.get("PhotometricInterpretation", ""))
+    if photometric == "PALETTE COLOR":
+        values = apply_color_lut(values, header)
+        return stretched(values[..., :3], 0, np.iinfo(values.dtype).max)
+    if values.ndim == 3:
+        return stretched(values[..., :3], 0, 2 ** int(header.BitsStored) - 1)
+    values = apply_modality_lut(values, header)
+    if settings.window == "file" and header.get("VOILUTSequence"):
+        values = apply_voi(values, header)
+        image = stretched(values, float(values.min()), float(values.max()))
+    else:
+        image = stretched(values, *_window(header, values, settings))
+    return 255 - image if photometric == "MONOCHROME1" else image
+
+
+def _window(header: Any, values: np.ndarray, settings: DicomSettings) -> tuple[float, float]:
+    """The values that become black and white (PS3.3 C.11.2.1.2, its linear function)."""
+    chosen = settings.window
+    if chosen == "file" and header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
+        centre, width = header.WindowCenter, header.WindowWidth
+        # Of several windows the first is meant to be shown.
+        chosen = tuple(float(v[0] if hasattr(v, "__len__") else v) for v in (centre, width))  # type: ignore[assignment]
+    if isinstance(chosen, str) or chosen[1] < 1:
+        finite = values[np.isfinite(values)]
+        return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    centre, width = chosen
+    return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2

@@ -1,0 +1,31 @@
+"""The encoders of a study's probes, with their features kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medbridge.model import ModelSettings
+from medbridge.probe import EncoderSettings, FeatureStore, open_encoder
+from medbridge.progress import Reporter
+from medbridge.study.settings import SightSettings
+from medbridge.study.sight import Features
+
+
+def features_of(name: str, sight: SightSettings, model: ModelSettings, cache: Path, reporter: Reporter) -> Features:
+    """Features of image files by an encoder, computed once for each content.
+
+    Raises:
+        MedbridgeError: the encoder can't be loaded.
+    """
+    encoder = open_encoder(name, EncoderSettings(layer=sight.layer, pool=sight.pool), model)
+    store = FeatureStore(cache / "features", reporter.say)
+
+    def features(files: Sequence[str]) -> NDArray[np.float32]:
+        with reporter.task(f"features of {name}", len(files), "images") as meter:
+            return store.features(encoder, files, meter.reach)
+
+    return features

@@ -1,0 +1,183 @@
+"""Whether an encoder's features give the answers: a linear probe for each question that many images were asked.
+
+A question such as "Is there a tumour in the liver?" is put to many images, so that its answer can be read off features
+by logistic regression; questions asked of few images are left out and counted. The most frequent answer to the same
+question is what a probe must beat: it needs no image at all.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medbridge.data import Item
+from medbridge.study.result import Interval, Sight
+from medbridge.support.intervals import bootstrap_ratio
+
+Features = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Image files to features [images, width]."""
+
+_Key = tuple[str, str, tuple[str, ...] | None]
+"""A question: its data set, its words, and its options."""
+
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Inverse regularisation strengths that are tried."""
+
+_HELD_OUT = 5
+"""One training image in so many chooses the regularisation where the data has no validation split."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """One measured item: whether the probe and the commonest answer are right."""
+
+    item: Item
+    right: bool
+    common: bool
+
+
+def look(
+    features: Features,
+    train: Sequence[Item],
+    validation: Sequence[Item],
+    measured: Mapping[str, Sequence[Item]],
+    *,
+    cluster: Callable[[Item], str],
+    min_images: int,
+    alpha: float,
+    replicates: int,
+    seed: int,
+) -> dict[str, Sight | None]:
+    """The sight of each stratum of `measured`; None where no question has enough training images.
+
+    Args:
+        features: of image files; an item's are the mean over its images.
+        train: items that the probes are fitted on; `validation` chooses one regularisation for all questions (without
+            it, a part of the training images).
+        measured: items by stratum.
+        cluster: what measured items are resampled by.
+        min_images: training images that a question needs.
+        alpha: error probability of each end of an interval.
+    """
+    groups = _by_question(train)
+    kept = {question: items for question, items in groups.items() if len({item.images for item in items}) >= min_images}
+    asked = [item for items in measured.values() for item in items if _question(item) in kept]
+    if not asked:
+        return {name: None for name in measured}
+    chosen_by = [item for item in validation if _question(item) in kept]
+    held: dict[_Key, list[Item]] = {}
+    if not chosen_by:
+        held = {question: items[::_HELD_OUT] for question, items in kept.items()}
+        chosen_by = [item for items in held.values() for item in items]
+    fitted_on = {
+        question: [item for item in items if not held or item.images not in {h.images for h in held[question]}]
+        for question, items in kept.items()
+    }
+    known = [item for items in fitted_on.values() for item in items]
+    table = _table(features, known, [*(i for items in kept.values() for i in items), *chosen_by, *asked])
+    strength = _choose(table, fitted_on, chosen_by)
+    answers = {id(entry.item): entry for entry in _answer(table, kept, asked, strength)}
+    found = {}
+    for name, items in measured.items():
+        entries = [answers[id(item)] for item in items if id(item) in answers]
+        found[name] = _sight(entries, len(items), cluster, alpha, replicates, seed) if entries else None
+    return found
+
+
+def _question(item: Item) -> _Key:
+    words = re.sub(r"\W+", " ", item.question).strip().casefold()
+    return item.dataset, words, item.options
+
+
+def _by_question(items: Sequence[Item]) -> dict[_Key, list[Item]]:
+    groups = defaultdict(list)
+    for item in items:
+        if item.images:
+            groups[_question(item)].append(item)
+    return groups
+
+
+def _table(
+    features: Features, known: Sequence[Item], items: Sequence[Item]
+) -> dict[tuple[str, ...], NDArray[np.float64]]:
+    """Features of each item's images, standardised by those of the items that are `known`."""
+    files = sorted({image for item in items for image in item.images})
+    rows = dict(zip(files, features(files).astype(np.float64), strict=True))
+    sets = sorted({item.images for item in items})
+    matrix = np.stack([np.mean([rows[image] for image in images], axis=0) for images in sets])
+    trained = {item.images for item in known}
+    rows_known = matrix[[images in trained for images in sets]]
+    spread = rows_known.std(axis=0)
+    matrix = (matrix - rows_known.mean(axis=0)) / np.where(spread > 1e-9, spread, 1.0)
+    return dict(zip(sets, matrix, strict=True))
+
+
+def _choose(
+    table: Mapping[tuple[str, ...], NDArray[np.float64]],
+    fitted_on: Mapping[_Key, Sequence[Item]],
+    judged_by: Sequence[Item],
+) -> float:
+    """The strength with most right answers, the weakest of equals."""
+    right = [sum(entry.right for entry in _answer(table, fitted_on, judged_by, c)) for c in _STRENGTHS]
+    return _STRENGTHS[int(np.argmax(right))]
+
+
+def _answer(
+    table: Mapping[tuple[str, ...], NDArray[np.float64]],
+    fitted_on: Mapping[_Key, Sequence[Item]],
+    asked: Sequence[Item],
+    strength: float,
+) -> list[_Answered]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    found = []
+    for question, items in _by_question(asked).items():
+        known = fitted_on.get(question, ())
+        if not known:
+            continue
+        answers = [_normal(item.answer) for item in known]
+        common = min(Counter(answers).items(), key=lambda entry: (-entry[1], entry[0]))[0]
+        if len(set(answers)) == 1:
+            predicted = [common] * len(items)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                probe = LogisticRegression(C=strength, max_iter=300)
+                probe.fit(np.stack([table[item.images] for item in known]), answers)
+            predicted = list(probe.predict(np.stack([table[item.images] for item in items])))
+        found += [
+            _Answered(item, guess == _normal(item.answer), common == _normal(item.answer))
+            for item, guess in zip(items, predicted, strict=True)
+        ]
+    return found
+
+
+def _normal(answer: str) -> str:
+    return " ".join(answer.casefold().split())
+
+
+def _sight(
+    entries: Sequence[_Answered], asked: int, cluster: Callable[[Item], str], alpha: float, replicates: int, seed: int
+) -> Sight:
+    right = np.array([entry.right for entry in entries], dtype=np.float64)
+    common = np.array([entry.common for entry in entries], dtype=np.float64)
+    gain = None
+    if common.mean() < 1:
+        top, bottom = (right - common)[:, None], (1 - common)[:, None]
+        missed = float(bottom.mean())
+        ends = bootstrap_ratio(
+            top, bottom, bounds=(missed - 1.0, missed), clusters=[cluster(entry.item) for entry in entries],
+            alpha=alpha, replicates=replicates, seed=seed,
+        )  # fmt: skip
+        gain = Interval(float(ends.value[0]), float(ends.low[0]), float(ends.high[0]))
+    return Sight(
+        items=len(entries), asked=asked, questions=len({_question(entry.item) for entry in entries}),
+        accuracy=float(right.mean()), commonest=float(common.mean()), gain=gain,
+    )  # fmt: skip

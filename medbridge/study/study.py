@@ -1,0 +1,287 @@
+"""Runs a study: has its models trained where it trains its own, measures each, probes each, and names bottlenecks.
+
+Everything stands in one run folder and its ledger, so that a study that was cut off goes on, and cells that are
+measured are reused. Each model has a round of its own: the chain base, bridge, sharpen from 0 on, models trained on
+single strata and models that were there already behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medbridge.data import Item
+from medbridge.errors import MedbridgeError
+from medbridge.ledger import Stage
+from medbridge.measurement import cluster_of, compare_stages
+from medbridge.pipeline import Run
+from medbridge.progress import Reporter
+from medbridge.report.collect import collect
+from medbridge.report.view import Estimate, Measurement
+from medbridge.study.encoders import features_of
+from medbridge.study.findings import find
+from medbridge.study.page import Question, render
+from medbridge.study.result import Cell, ChangeCell, Interval, ModelRow, Sight, StudyResult
+from medbridge.study.settings import StudyConfig
+from medbridge.study.sight import look
+
+_BEHIND_CHAIN = 100
+"""Rounds from here on belong to models beside the chain: two for each, training and measurement."""
+
+_SPECTRUM_BINS = 11
+
+RESULT, PAGE = "study.json", "study.html"
+
+
+def run_study(config: StudyConfig, folder: Path, *, base_dir: Path, cache_dir: Path, reporter: Reporter) -> StudyResult:
+    """Run a study to its end, or on from where it was cut off; its result is written to `study.json` and `study.html`.
+
+    Args:
+        config: of the study.
+        folder: run folder.
+        base_dir: folder that relative paths start from.
+        cache_dir: where features are kept.
+        reporter: where progress is shown.
+
+    Raises:
+        MedbridgeError: a stratum or model that is named is not there, or the settings changed since the study began.
+    """
+    study = Study(folder, config, base_dir=base_dir, cache_dir=cache_dir, reporter=reporter)
+    try:
+        rows = study.models()
+        for row in rows:
+            study.measure(row)
+        study.engines.release()  # the probes need the memory
+        result = study.result(rows)
+        page = render(result, study.questions(rows))
+    finally:
+        study.close()
+    _write(folder / RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
+    _write(folder / PAGE, page)
+    return result
+
+
+class Study(Run):
+    """A run in which every stratum is trained whatever its verdict, and several models are measured."""
+
+    def __init__(
+        self, folder: Path, config: StudyConfig, *, base_dir: Path, cache_dir: Path, reporter: Reporter
+    ) -> None:
+        super().__init__(folder, config.run_settings(), base_dir=base_dir, reporter=reporter)
+        self.study = config.study
+        self._cache = cache_dir
+        self._rounds: dict[str, int] = {}
+        try:
+            self.measured: dict[str, list[Item]] = self._split(config.diagnosis.split)
+            self._refuse_unknown_strata()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- models ------------------------------------------------------------------------------------------------
+
+    def models(self) -> list[ModelRow]:
+        """The models of the study, trained first where they are not there."""
+        if self.study.models:
+            return self._named()
+        base = self.base_model()
+        rows = [self._row("base", base, 0)]
+        model, every = base, sorted(self.measured)
+        for number, stage in enumerate(self.study.train):
+            train = self.bridge if stage == "bridge" else self.sharpen
+            self.measure(rows[-1])  # a stage may route items by the measurement before it
+            model = train(number, model, every)
+            name = {"bridge": "after SFT", "sharpen": "after RL"}[stage]
+            if any(row.name == name for row in rows):
+                name = f"{name} {number + 1}"
+            rows.append(self._row(name, model, number + 1, parent=rows[-1].name, trained_on=tuple(every)))
+        for number, strata in enumerate(self.study.transfer):
+            round = _BEHIND_CHAIN + 2 * number
+            model = self.bridge(round, base, sorted(strata))
+            name = f"SFT on {', '.join(sorted(strata))}"
+            rows.append(self._row(name, model, round + 1, parent="base", trained_on=tuple(sorted(strata)), chain=False))
+        return rows
+
+    def _named(self) -> list[ModelRow]:
+        rows = []
+        for name, model in self.study.models.items():
+            beside = self.base_dir / model.path
+            path = str(beside.resolve()) if beside.is_dir() else model.path
+            row = ModelRow(name, path, model.parent, tuple(model.trained_on), chain=not model.trained_on)
+            rows.append(row)
+            self._rounds[name] = self._round_of(path)
+        return rows
+
+    def _row(self, name: str, path: str, round: int, **more: Any) -> ModelRow:
+        self._rounds[name] = round
+        return ModelRow(name, path, **more)
+
+    def _round_of(self, path: str) -> int:
+        """The round in which a model was measured, or the next that is free."""
+        stages = [stage for stage in self.ledger.stages() if stage.kind == "diagnose"]
+        known = [stage.round for stage in stages if stage.model == path]
+        taken = [_BEHIND_CHAIN - 2, *(stage.round for stage in stages), *self._rounds.values()]
+        return known[0] if known else max(taken) + 2
+
+    def _refuse_unknown_strata(self) -> None:
+        named = [name for group in self.study.transfer for name in group]
+        named += [name for model in self.study.models.values() for name in model.trained_on]
+        for name in named:
+            if name not in self.measured:
+                raise MedbridgeError(
+                    f"the study names the stratum {name!r}, and the {self.settings.diagnosis.split} split has: "
+                    f"{', '.join(sorted(self.measured))}. Correct study.transfer or trained_on."
+                )
+
+    # -- measuring ---------------------------------------------------------------------------------------------
+
+    def measure(self, row: ModelRow) -> None:
+        """Sample and judge a model, where that was not done."""
+        self.diagnose(self._rounds[row.name], row.path)
+
+    def _measurement(self, row: ModelRow) -> Stage:
+        round = self._rounds[row.name]
+        return next(s for s in self.ledger.stages() if s.kind == "diagnose" and s.round == round)
+
+    def result(self, rows: Sequence[ModelRow]) -> StudyResult:
+        """All cells, from the ledger and the probes."""
+        view = collect(self.folder, samples=False)
+        measurements: dict[tuple[int, str], Measurement] = {
+            (m.stage_id, stratum.name): m for stratum in view.strata for m in stratum.measured
+        }
+        cells, changes = [], []
+        for row in rows:
+            stage = self._measurement(row)
+            sights = self._sights(row.path, stage)
+            spectra = self._spectra(stage)
+            for stratum in sorted(self.measured):
+                found = measurements.get((stage.stage_id, stratum))
+                if found is not None:
+                    cells.append(self._cell(row, stratum, found, sights.get(stratum), spectra.get(stratum, ())))
+            if row.parent is not None:
+                before = next(other for other in rows if other.name == row.parent)
+                changes += self._changes(row, before, stage)
+        encoder = None if self.study.sight is None else self.study.sight.beside
+        gate = self.settings.gate
+        return StudyResult(
+            name=self.settings.name, confidence=1 - 2 * gate.alpha, threshold=gate.support_threshold,
+            sight_threshold=self._seen_from, split=self.settings.diagnosis.split,
+            models=tuple(rows), strata=tuple(sorted(self.measured)), cells=tuple(cells), changes=tuple(changes),
+            beside={} if encoder is None else self._sights(encoder, self._measurement(rows[0])), encoder=encoder,
+        )  # fmt: skip
+
+    def _cell(
+        self, row: ModelRow, stratum: str, found: Measurement, sight: Sight | None, spectrum: tuple[int, ...]
+    ) -> Cell:
+        blank = next((check.visual for check in found.checks if check.name == "blank"), None)
+        finding = find(
+            found.kind, sight, _interval(blank), threshold=self._seen_from,
+            support=f"support {_words(found.support)}", accuracy=f"Acc@1 {_words(found.acc_at_1)}",
+        )  # fmt: skip
+        return Cell(
+            model=row.name, stratum=stratum, verdict=found.kind, reason=found.reason, items=found.items,
+            samples=found.n_min, k=found.k, support=_interval(found.support), acc_at_1=_interval(found.acc_at_1),
+            ks=tuple(found.ks), pass_at_k=tuple(found.pass_at_k.value), floors=tuple(found.floor),
+            blank=_interval(blank), sight=sight, spectrum=spectrum, finding=finding,
+        )  # fmt: skip
+
+    @property
+    def _seen_from(self) -> float:
+        return 0.0 if self.study.sight is None else self.study.sight.threshold
+
+    def _spectra(self, stage: Stage) -> dict[str, tuple[int, ...]]:
+        stratum_of = {item.id: name for name, items in self.measured.items() for item in items}
+        found: dict[str, list[int]] = {}
+        for tally in self.ledger.tallies(stage.stage_id):
+            if tally.n and tally.item_id in stratum_of:
+                bins = found.setdefault(stratum_of[tally.item_id], [0] * _SPECTRUM_BINS)
+                bins[round((_SPECTRUM_BINS - 1) * tally.c / tally.n)] += 1
+        return {name: tuple(bins) for name, bins in found.items()}
+
+    def _changes(self, row: ModelRow, before: ModelRow, stage: Stage) -> list[ChangeCell]:
+        told = compare_stages(self.ledger, self._measurement(before), stage, self.measured, self.settings)
+        return [
+            ChangeCell(
+                model=row.name,
+                parent=before.name,
+                stratum=name,
+                trained=name in row.trained_on,
+                items=int(change["items"]),
+                support=_stored(change["support"]),
+                acc_at_1=_stored(change["acc_at_1"]),
+                gained=len(change["gained"]),
+                lost=len(change["lost"]),
+            )
+            for name, change in told["changes"].items()
+        ]
+
+    # -- probing -----------------------------------------------------------------------------------------------
+
+    def _sights(self, encoder: str, measured: Stage) -> dict[str, Sight | None]:
+        settings = self.study.sight
+        if settings is None:
+            return {}
+        path = self._path(encoder) if (self.folder / encoder).is_dir() else encoder
+        known = {tally.item_id for tally in self.ledger.tallies(measured.stage_id) if tally.n}
+        asked = {name: [item for item in items if item.id in known] for name, items in self.measured.items()}
+        features = features_of(path, settings, self.settings.model, self._cache, self.reporter)
+        return look(
+            features, self.items.split("train"), self._validation(), asked,
+            cluster=lambda item: cluster_of(item, self.settings.diagnosis.cluster),
+            min_images=settings.min_images, alpha=self.settings.gate.alpha,
+            replicates=self.settings.gate.replicates, seed=self.settings.seed,
+        )  # fmt: skip
+
+    def _validation(self) -> list[Item]:
+        """What chooses the probes' regularisation: never what is measured."""
+        return [] if self.settings.diagnosis.split == "validation" else self.items.split("validation")
+
+    # -- questions ---------------------------------------------------------------------------------------------
+
+    def questions(self, rows: Sequence[ModelRow]) -> list[Question]:
+        """The measured questions, with how each model's samples came out."""
+        counts: dict[str, dict[str, tuple[int, int, bool]]] = {}
+        for row in rows:
+            for tally in self.ledger.tallies(self._measurement(row).stage_id):
+                if tally.n:
+                    counts.setdefault(tally.item_id, {})[row.name] = (tally.c, tally.n, bool(tally.greedy_correct))
+        return [
+            Question(
+                item.id,
+                stratum,
+                item.question,
+                item.answer,
+                item.options,
+                item.images[0] if item.images else None,
+                counts[item.id],
+            )
+            for stratum, items in sorted(self.measured.items())
+            for item in items
+            if item.id in counts
+        ]
+
+
+def _interval(estimate: Estimate | None) -> Interval | None:
+    return None if estimate is None else Interval(estimate.value, estimate.low, estimate.high)
+
+
+def _stored(record: Mapping[str, Any] | None) -> Interval | None:
+    if record is None or record["value"] is None:
+        return None
+    return Interval(record["value"], record["low"], record["high"])
+
+
+def _words(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "unknown"
+    ends = "" if estimate.low is None or estimate.high is None else f" [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"{estimate.value:.2f}{ends}"
+
+
+def _write(path: Path, content: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(content, encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,130 @@
+"""Folders of images, DICOM files and NIfTI volumes: labels, splits, pixels, and nothing of a patient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from data.importers.malformed import dicom
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from medbridge.data import DataSettings, ItemSet, SourceSettings, open_items
+from medbridge.data.importers.files import drawn_split
+from medbridge.errors import MedbridgeError
+
+
+def opened(root: Path, **source: Any) -> ItemSet:
+    data = DataSettings(sources=[SourceSettings(path=".", **source)])
+    return open_items(data, base_dir=root, cache_dir=root.parent / "cache")
+
+
+def test_class_folders(tmp_path: Path, make_png: Callable[..., Path]) -> None:
+    root = tmp_path / "scans"
+    for number in range(60):
+        make_png(root / ("benign", "malignant")[number % 2] / f"{number}.png", number)
+    found = opened(root, kind="images", folder={"question": "Which?", "group": r"(\d)\.png$"})
+    assert len(found.items) == 60 and found.items[0].options == ("benign", "malignant")
+    assert all(item.answer in item.images[0] for item in found.items)
+    splits = {digit: {item.split for item in found.items if item.id.endswith(f"{digit}.png")} for digit in range(10)}
+    assert all(len(held) == 1 for held in splits.values()) and len({*map(min, splits.values())}) > 1
+
+
+def test_split_folders_and_a_table_of_labels(tmp_path: Path, make_png: Callable[..., Path]) -> None:
+    for split in ("train", "val", "test"):
+        for label in ("a", "b"):
+            make_png(tmp_path / "x" / split / label / "0.png")
+    assert {item.split for item in opened(tmp_path / "x", kind="images").items} == {"train", "validation", "test"}
+    make_png(tmp_path / "y" / "1.png", 1)
+    make_png(tmp_path / "y" / "2.png", 2)
+    (tmp_path / "y" / "l.csv").write_text("file,label,split\n1.png,a,test\n2.png,b,dev\n")
+    found = opened(tmp_path / "y", kind="images", folder={"labels": "l.csv"})
+    assert [(item.answer, item.split) for item in found.items] == [("a", "test"), ("b", "validation")]
+
+
+def test_drawn_splits_have_their_shares() -> None:
+    drawn = [drawn_split(str(number)) for number in range(5000)]
+    assert [round(drawn.count(name) / 5000, 1) for name in ("train", "validation", "test")] == [0.7, 0.1, 0.2]
+
+
+def dicoms(root: Path, *contents: bytes) -> Path:
+    for number, content in enumerate(contents):
+        path = root / "ab"[number % 2] / f"Doe_Jane_{number}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def pixels(found: ItemSet, label: str) -> np.ndarray:
+    (item,) = (item for item in found.items if item.answer == label)
+    return np.asarray(Image.open(item.images[0]))
+
+
+def test_windows_and_monochrome1(tmp_path: Path) -> None:
+    def windowed(data: Any) -> None:
+        data.WindowCenter, data.WindowWidth = 20.5, 11
+        data.RescaleSlope, data.RescaleIntercept = 2, -10
+
+    def inverted(data: Any) -> None:
+        windowed(data)
+        data.PhotometricInterpretation = "MONOCHROME1"
+
+    found = opened(dicoms(tmp_path / "d", dicom(windowed), dicom(inverted)), kind="dicom")
+    values = np.arange(48).reshape(6, 8) * 2.0 - 10
+    expected = np.round(np.clip((values - 15) / 10, 0, 1) * 255)
+    np.testing.assert_array_equal(pixels(found, "a"), expected)
+    np.testing.assert_array_equal(pixels(found, "b"), 255 - expected)
+
+
+def test_frames_by_choice(tmp_path: Path) -> None:
+    def frames(scale: int) -> bytes:
+        def change(data: Any) -> None:
+            data.NumberOfFrames = 3
+            data.PixelData = (np.arange(144, dtype=np.uint16) ** scale).tobytes()
+
+        return dicom(change)
+
+    root = dicoms(tmp_path / "d", frames(1), frames(2))
+    assert {len(item.images) for item in opened(root, kind="dicom").items} == {1}
+    assert {len(item.images) for item in opened(root, kind="dicom", dicom={"frame": "all"}).items} == {3}
+    with pytest.raises(MedbridgeError, match="3 frames, so there is none of the number 5"):
+        opened(root, kind="dicom", dicom={"frame": 5})
+
+
+def test_nothing_of_a_patient(tmp_path: Path) -> None:
+    root = dicoms(tmp_path / "d", dicom(), dicom(lambda data: setattr(data, "WindowCenter", 3)), b"broken")
+    settings = {"kind": "dicom", "path": ".", "dicom": {"tags": ["Modality"], "window": "full"}}
+    found = open_items(
+        DataSettings(sources=[SourceSettings(**settings)], on_bad="skip"), base_dir=root, cache_dir=tmp_path / "cache"
+    )
+    # Both files show the same in the full window, so that the second is left out.
+    assert len(found.items) == 1 and found.items[0].tags["Modality"] == "CT" and len(found.skipped) == 2
+    said = " ".join([*map(str, found.skipped), found.items[0].to_json()])
+    assert "Doe" not in said and "P-77" not in said
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*.png"))
+    assert b"Doe" not in kept and b"P-77" not in kept
+
+
+def test_real_dicom_files(tmp_path: Path) -> None:
+    contents = [Path(get_testdata_file(name)).read_bytes() for name in ("CT_small.dcm", "MR_small.dcm")]
+    found = opened(dicoms(tmp_path / "d", *contents), kind="dicom")
+    assert len(found.items) == 2 and all(Image.open(item.images[0]).size[0] >= 64 for item in found.items)
+
+
+def test_nifti_slices(tmp_path: Path) -> None:
+    for label, value in (("a", 1), ("b", 2)):
+        values = np.zeros((6, 7, 8), np.int16)
+        values[0, 6, :] = value  # the patient's right in this affine, in front
+        (tmp_path / "n" / label).mkdir(parents=True)
+        nibabel.save(nibabel.Nifti1Image(values, np.diag([-1, 1, 1, 1])), tmp_path / "n" / label / "v.nii.gz")
+    root, settings = tmp_path / "n", {"slices": 4, "percentiles": (0, 100)}
+    found = opened(root, kind="nifti", nifti=settings)
+    assert [item.id.rsplit("/")[-1] for item in found.items[:4]] == ["1", "3", "5", "7"]
+    image = np.asarray(Image.open(found.items[0].images[0]))
+    assert image.shape == (7, 6) and image[0, 5] == 255 and image.sum() == 255
+    found = opened(root, kind="nifti", nifti={**settings, "sequence": True})
+    assert [len(item.images) for item in found.items] == [4, 4]

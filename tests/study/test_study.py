@@ -1,0 +1,119 @@
+"""Studies on a tiny model: trained by the study, or named; cut off and gone on with; what the page holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from medbridge.errors import MedbridgeError
+from medbridge.ledger import Ledger
+from medbridge.progress import Reporter
+from medbridge.study import StudyConfig, StudyResult, run_study
+from medbridge.study.study import PAGE, RESULT, Study
+
+CHANGES: dict[str, Any] = {
+    "name": "two <strata>",
+    "diagnosis": {"samples": 4, "controls": ["blank"], "split": "test", "test_split": None},
+    "gate": {"min_items": 4, "replicates": 100},
+}
+
+
+@pytest.fixture
+def run(tiny_config: Callable[..., dict[str, Any]], tiny_data: Path, tmp_path: Path) -> Callable[..., StudyResult]:
+    """Run a study in tmp_path/study; keywords are the section `study`."""
+
+    def make(**study: Any) -> StudyResult:
+        config = StudyConfig.model_validate({**tiny_config(**CHANGES), "study": {"sight": None, **study}})
+        with (tmp_path / "log").open("a") as log:
+            reporter = Reporter(Console(file=log, width=200))
+            return run_study(
+                config, tmp_path / "study", base_dir=tiny_data, cache_dir=tmp_path / "c", reporter=reporter
+            )
+
+    return make
+
+
+def kinds(folder: Path) -> list[str]:
+    ledger = Ledger(folder / "run.sqlite", read_only=True)
+    found = [stage.kind for stage in ledger.stages()]
+    ledger.close()
+    return found
+
+
+def test_a_study_trains_measures_and_compares(run: Callable[..., StudyResult], tmp_path: Path) -> None:
+    found = run(transfer=[["shade"]])
+    assert [row.name for row in found.models] == ["base", "after SFT", "after RL", "SFT on shade"]
+    assert len(found.cells) == 4 * len(found.strata) == 8
+    assert {(change.model, change.parent) for change in found.changes} == {
+        ("after SFT", "base"), ("after RL", "after SFT"), ("SFT on shade", "base"),
+    }  # fmt: skip
+    trained = {change.stratum for change in found.changes if change.model == "SFT on shade" and change.trained}
+    assert trained == {"shade"}
+    for cell in found.cells:
+        assert cell.items == 6 and cell.samples == 4 and sum(cell.spectrum) == 6
+        assert cell.ks[0] == 1 and cell.ks[-1] == 4
+    measured = ["diagnose", "control"]
+    assert kinds(tmp_path / "study") == [
+        "format", *measured, "bridge", *measured, "sharpen", "bridge", *measured, *measured,
+    ]  # fmt: skip
+    stored = json.loads((tmp_path / "study" / RESULT).read_text())
+    assert stored == json.loads(json.dumps(found.to_dict()))
+    page = (tmp_path / "study" / PAGE).read_text()
+    assert "two &lt;strata&gt;" in page and "<strata>" not in page
+
+
+def test_a_finished_study_samples_nothing_again(run: Callable[..., StudyResult], tmp_path: Path) -> None:
+    first = run()
+    before = kinds(tmp_path / "study")
+    assert run() == first
+    assert kinds(tmp_path / "study") == before
+
+
+def test_a_study_that_was_cut_off_goes_on(
+    run: Callable[..., StudyResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Study.sharpen
+
+    def cut(*inputs: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "sharpen", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    done = kinds(tmp_path / "study")
+    monkeypatch.setattr(Study, "sharpen", real)
+    assert len(run().models) == 3
+    assert kinds(tmp_path / "study")[: len(done)] == done
+
+
+def test_models_that_are_named(
+    run: Callable[..., StudyResult], model_folder: Callable[[str], Path], formed: Path, tmp_path: Path
+) -> None:
+    base, taught = str(model_folder("qwen2_5_vl")), str(formed)
+    models = {"raw": {"path": base}, "taught": {"path": taught, "parent": "raw", "trained_on": ["shade", "side"]}}
+    found = run(models=models)
+    assert {cell.model for cell in found.cells} == {"raw", "taught"}
+    assert all(change.trained for change in found.changes)
+    assert kinds(tmp_path / "study") == ["diagnose", "control"] * 2
+    more = {**models, "again": {"path": taught, "parent": "raw"}}
+    assert len(run(models=more).cells) == 6  # a further name for a model that is measured
+    assert kinds(tmp_path / "study") == ["diagnose", "control"] * 2
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ({"transfer": [["shadow"]]}, r"names the stratum 'shadow', and the test split has: shade, side"),
+        ({"models": {"a": {"path": "x", "parent": "b"}}}, r"parent 'b' of 'a' is not another"),
+        ({"models": {"a": {"path": "x", "trained_on": ["shade"]}}}, r"has trained_on and no parent"),
+        ({"models": {"a": {"path": "x"}}, "transfer": [["shade"]]}, r"transfer is for a study that trains"),
+    ],
+)
+def test_refusals(run: Callable[..., StudyResult], study: dict[str, Any], message: str) -> None:
+    with pytest.raises((MedbridgeError, ValueError), match=message):
+        run(**study)
