@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,17 +65,30 @@ def config_command(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Document every configuration key, or check one file and print it with its defaults."""
+    """Document every configuration key, or check one file and print it with its defaults.
+
+    Keys below `study` are for `medbridge study`.
+    """
     from medbridge.config import RunSettings, document, dump_config, load_config
+    from medbridge.study import StudyConfig
 
     if path is not None:
-        settings: RunSettings = load_config(path, overrides or [])
+        schema = StudyConfig if _names_a_study(path) else RunSettings
+        settings = load_config(path, overrides or [], schema)
         sys.stdout.write(settings.model_dump_json(indent=2) + "\n" if as_json else dump_config(settings))
         return
     if as_json:
-        sys.stdout.write(json.dumps(RunSettings.model_json_schema(), indent=2) + "\n")
+        sys.stdout.write(json.dumps(StudyConfig.model_json_schema(), indent=2) + "\n")
         return
     table = Table("key", "type", "default", "what it is", show_lines=False)
-    for key, kind, default, description in document():
+    for key, kind, default, description in document(StudyConfig):
         table.add_row(key, kind, default, description)
     stdout.print(table)
+
+
+def _names_a_study(path: Path) -> bool:
+    """Whether a file has the section that makes it a study's; what can't be read is told when it is loaded."""
+    try:
+        return re.search(r"^study:", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
