@@ -55,7 +55,7 @@ def study(
 def _table(found: StudyResult) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("Stratum", "Model", "Finding", "Sees", "Reaches", "Says"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for stratum in found.strata:
         for row in found.models:
             cell = found.cell(row.name, stratum)

@@ -19,8 +19,8 @@ MARKS = {"vision-limited": "V", "support-limited": "S", "sampling-limited": "R",
 
 _MINUS = "\u2212"
 
-_NAME = 190.0
-_WIDTH, _HEIGHT = 132.0, 64.0
+_NAME = 200.0
+_WIDTH, _HEIGHT = 140.0, 64.0
 _HEAD = 34.0
 
 
@@ -111,7 +111,7 @@ def _grid(columns: Sequence[str], rows: Sequence[str], kind: str, title: str) ->
     for index, name in enumerate(columns):
         label(svg, _NAME + (index + 0.5) * _WIDTH, _HEAD - 12, _cut(name, 20), "middle", "head")
     for index, name in enumerate(rows):
-        label(svg, _NAME - 12, _HEAD + (index + 0.5) * _HEIGHT + 4, _cut(name, 28), "end", "head")
+        label(svg, _NAME - 12, _HEAD + (index + 0.5) * _HEIGHT + 4, _cut(name, 26), "end", "head")
     return svg
 
 
@@ -125,7 +125,7 @@ def _finding(svg: ET.Element, cell: Cell, column: int, row: int, href: str) -> N
     seen = cell.sight.gain.value if cell.sight is not None and cell.sight.gain is not None else None
     numbers = [("sees", seen), ("reaches", _value(cell.support)), ("says", _value(cell.acc_at_1))]
     for index, (name, value) in enumerate(numbers):
-        at = x + 14 + index * 39
+        at = x + 14 + index * 41
         label(link, at, y + 43, name, "start", "small")
         label(link, at, y + 55, "-" if value is None else f"{value:.2f}", "start", "value")
 
@@ -139,7 +139,7 @@ def _shift(svg: ET.Element, change: ChangeCell, column: int, row: int) -> None:
     x, y = _NAME + column * _WIDTH, _HEAD + row * _HEIGHT
     size = 0.0 if value is None else min(1.0, abs(value.value))
     tile = node(group, "rect", x=x + 2, y=y + 2, width=_WIDTH - 4, height=_HEIGHT - 4, rx=6, **{"class": "tile"})
-    tile.set("fill-opacity", f"{0.15 + 0.6 * size:.2f}")
+    tile.set("fill-opacity", f"{0.12 + 0.33 * size:.2f}")
     words = "unknown" if value is None else f"{value.value:+.2f}"
     label(group, x + 14, y + 26, words.replace("-", _MINUS), "start", "kind")
     if value is not None and value.low is not None and value.high is not None:

@@ -9,7 +9,14 @@ _LEAST_COVERED = 0.25
 
 
 def find(
-    verdict: str, sight: Sight | None, blank: Interval | None, *, threshold: float, support: str, accuracy: str
+    verdict: str,
+    sight: Sight | None,
+    blank: Interval | None,
+    *,
+    threshold: float,
+    reason: str,
+    support: str,
+    accuracy: str,
 ) -> Finding:
     """Where the bottleneck is.
 
@@ -24,6 +31,7 @@ def find(
         sight: what the probes of the model's own tower found; None where none could be made.
         blank: support that the images add to grey ones.
         threshold: gain of a probe above the commonest answer from which answers count as seen.
+        reason: the gate's, told where nothing is decided.
         support, accuracy: the two estimates in words.
     """
     notes = []
@@ -38,7 +46,7 @@ def find(
             tuple(notes),
         )
     if verdict != "bridge":
-        return Finding("undecided", f"Support ({support}) is on neither side of the threshold for sure.", tuple(notes))
+        return Finding("undecided", reason, tuple(notes))
     weak = f"The answers are not within reach ({support})"
     if sight is None or sight.gain is None:
         return Finding("support-limited", f"{weak}. Whether the tower sees them was not probed.", tuple(notes))

@@ -178,7 +178,7 @@ class Study(Run):
     ) -> Cell:
         blank = next((check.visual for check in found.checks if check.name == "blank"), None)
         finding = find(
-            found.kind, sight, _interval(blank), threshold=self._seen_from,
+            found.kind, sight, _interval(blank), threshold=self._seen_from, reason=found.reason,
             support=f"support {_words(found.support)}", accuracy=f"Acc@1 {_words(found.acc_at_1)}",
         )  # fmt: skip
         return Cell(

@@ -13,7 +13,9 @@ def sight(value: float, low: float, high: float, items: int = 50, asked: int = 6
 
 
 def found(verdict: str, seen: Sight | None = None, blank: Interval | None = None) -> Finding:
-    return find(verdict, seen, blank, threshold=0.2, support="support 0.1", accuracy="Acc@1 0.2")
+    return find(
+        verdict, seen, blank, threshold=0.2, reason="the gate's reason", support="support 0.1", accuracy="Acc@1 0.2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,7 @@ def test_kinds(verdict: str, seen: Sight | None, kind: str) -> None:
 
 def test_what_is_not_known_is_said() -> None:
     assert "not probed" in found("bridge").words
+    assert found("undecided").words == "the gate's reason"
     assert found("bridge", sight(0.0, -0.2, 0.1, items=10)).notes == ("The probes cover 10 of 60 items.",)
 
 

@@ -25,7 +25,7 @@ def cell(model: str, stratum: str, verdict: str) -> Cell:
     return Cell(
         model, stratum, verdict, "because", 50, 8, 4, support, Interval(0.3, 0.2, 0.4), (1, 2, 4, 8),
         (0.3, 0.4, 0.5, 0.6), (0.25, 0.4, 0.5, 0.55), Interval(0.1, -0.1, 0.3), sight, (9, *[2] * 9, 23),
-        find(verdict, sight, None, threshold=0.2, support="0.4", accuracy="0.3"),
+        find(verdict, sight, None, threshold=0.2, reason="the gate's reason", support="0.4", accuracy="0.3"),
     )  # fmt: skip
 
 

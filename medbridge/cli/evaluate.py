@@ -1,0 +1,87 @@
+"""The command that evaluates completions sampled elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from medbridge.cli.app import app
+from medbridge.cli.common import JsonOption, escaped, stdout
+
+
+@app.command()
+def evaluate(
+    logs: Annotated[list[Path], typer.Argument(metavar="LOG...", help="Sample logs, of one model.")],
+    kind: Annotated[
+        str,
+        typer.Option("--format", "-f", help="`lm-eval`, `lmms-eval`, `inspect`, `rows` or `auto`."),
+    ] = "auto",
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by", metavar="TAG", show_default=False,
+            help="Make strata by this field of the questions; repeatable. Default: the task or data set.",
+        ),
+    ] = None,
+    reading: Annotated[
+        str, typer.Option(help="How answers are read: `strict`, `standard` or `lenient`; all three are shown.")
+    ] = "standard",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write the result here too.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Diagnose support from completions that were sampled elsewhere: logs of lm-evaluation-harness, lmms-eval, Inspect
+    or MedVLThinker. Grades every completion anew, and gives Acc@1, Pass@k, majority, support and a verdict per stratum.
+    """
+    from medbridge.data.readings import READINGS
+    from medbridge.errors import MedbridgeError
+    from medbridge.evaluation import evaluate_logs, read_logs
+
+    if reading not in READINGS:
+        raise MedbridgeError(f"--reading is {reading!r}; valid are: {', '.join(READINGS)}.")
+    found = evaluate_logs(list(read_logs(logs, kind)), by=by or (), reading=reading)
+    content = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(content, encoding="utf-8")
+    if as_json:
+        sys.stdout.write(content)
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = ("Stratum", "Verdict", "Items", "n", "Mean Acc", "Acc@1", "Pass@n", "Guess", "Support @k", "None read")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in found.strata:
+        n = f"{row.samples[0]}" if row.samples[0] == row.samples[1] else f"{row.samples[0]}-{row.samples[1]}"
+        table.add_row(
+            escaped(row.stratum), row.verdict, str(row.items), n, _bracketed(row.accuracy), _bracketed(row.acc_at_1),
+            _two(row.pass_at_k[-1] if row.pass_at_k else None), _two(row.floors[-1] if row.floors else None),
+            f"{_bracketed(row.support)} @{row.k}", f"{row.abstain_rate:.2f}",
+        )  # fmt: skip
+    stdout.print(table)
+    for row in found.strata:
+        read = ", ".join(f"{name} {value:.2f}" for name, value in row.readings.items())
+        scored = f"; {row.disagreements} of {row.scored} completions the log scored otherwise" if row.scored else ""
+        stdout.print(
+            f"{row.stratum}: {row.reason} Mean accuracy by reading: {read}{scored}.", soft_wrap=True, markup=False
+        )
+    if found.skipped:
+        stdout.print(f"{len(found.skipped)} rows left out; the first: {found.skipped[0]}", soft_wrap=True, markup=False)
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _bracketed(value: dict[str, float | None] | None) -> str:
+    if value is None or value["value"] is None:
+        return "-"
+    ends = "" if value["low"] is None or value["high"] is None else f" [{value['low']:.2f},{value['high']:.2f}]"
+    return escaped(f"{value['value']:.2f}{ends}")

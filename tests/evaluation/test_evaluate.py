@@ -1,0 +1,129 @@
+"""What logged completions show, per stratum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from medbridge.cli import app
+from medbridge.data import Skip
+from medbridge.errors import MedbridgeError
+from medbridge.evaluation import Evaluation, evaluate_logs, read_logs
+from medbridge.evaluation.evaluate import ABSTAINED
+
+OPTIONS = ["Heart", "Liver", "Lung", "Spleen"]
+
+
+def log(path: Path, completions: Sequence[Sequence[str]], **changes: Any) -> Path:
+    """A question a row, whose right answer goes round the options."""
+    content = [
+        {"id": n, "question": f"Which organ ({n})?", "options": OPTIONS, "answer": "ABCD"[n % 4], "image_id": n // 2,
+         "dataset_name": "organs", "completions": list(texts), **changes}
+        for n, texts in enumerate(completions)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+def evaluated(path: Path, **options: Any) -> Evaluation:
+    return evaluate_logs(list(read_logs([path])), **options)
+
+
+def test_a_model_that_knows(tmp_path: Path) -> None:
+    texts = [[f"<answer>{'ABCD'[n % 4]}</answer>"] * 8 for n in range(40)]
+    [found] = evaluated(log(tmp_path / "a.jsonl", texts)).strata
+    assert found.accuracy["value"] == found.macro_accuracy == 1 and found.pass_at_k == (1.0,) * 8
+    assert found.majority == pytest.approx((1.0,) * 8) and found.floors[0] == pytest.approx(0.25)
+    assert (found.items, found.clusters, found.samples) == (40, 20, (8, 8))
+    assert found.acc_at_1 is None and found.support is not None and found.support["value"] == pytest.approx(1)
+    assert found.verdict in ("sharpen", "undecided", "done")
+    assert found.confusion is not None and found.confusion["Liver"] == {"Liver": 80}
+
+
+def test_a_model_that_is_wrong_and_one_that_says_nothing_readable(tmp_path: Path) -> None:
+    wrong = [[f"The answer is {'BCDA'[n % 4]}."] * 8 for n in range(40)]
+    [found] = evaluated(log(tmp_path / "a.jsonl", wrong)).strata
+    assert found.verdict == "bridge" and found.accuracy["value"] == 0 and found.abstain_rate == 0
+    [mute] = evaluated(log(tmp_path / "b.jsonl", [["hmm"] * 4] * 10)).strata
+    assert mute.abstain_rate == 1 and mute.confusion is not None and set(mute.confusion["Heart"]) == {ABSTAINED}
+    assert mute.majority == (0.0,) * 4
+
+
+def test_pass_at_k_is_the_unbiased_estimate(tmp_path: Path) -> None:
+    """One right of four samples: Pass@1 1/4, Pass@2 1/2, Pass@4 1."""
+    texts = [[f"<answer>{letter}</answer>" for letter in "ABCD"] for _ in range(12)]
+    [found] = evaluated(log(tmp_path / "a.jsonl", texts)).strata
+    assert found.pass_at_k == pytest.approx((0.25, 0.5, 0.75, 1.0))
+    assert found.majority[0] == pytest.approx(0.25) and found.majority[3] == pytest.approx(0.25)
+
+
+def test_readings_stand_side_by_side(tmp_path: Path) -> None:
+    texts = [[f"I think it is option {'ABCD'[n % 4]}", f"<answer>{'ABCD'[n % 4]}</answer>"] for n in range(20)]
+    [found] = evaluated(log(tmp_path / "a.jsonl", texts)).strata
+    assert found.readings["strict"] == 0.5 <= found.readings["standard"] <= found.readings["lenient"] == 1
+    [lenient] = evaluated(log(tmp_path / "a.jsonl", texts), reading="lenient").strata
+    assert lenient.accuracy["value"] == 1 and lenient.abstain_rate == 0
+
+
+def test_boxed_answers_are_read(tmp_path: Path) -> None:
+    texts = [[rf"First \boxed{{A}}, no: \boxed{{{'ABCD'[n % 4]}}}"] for n in range(20)]
+    [found] = evaluated(log(tmp_path / "a.jsonl", texts)).strata
+    assert found.accuracy["value"] == 1
+
+
+def test_the_logs_own_scores_are_compared(tmp_path: Path) -> None:
+    rows = [
+        {"doc_id": n, "doc": {"question": f"q{n}", "choices": OPTIONS, "answer": 1}, "target": "B",
+         "resps": [["The answer is B."]], "filtered_resps": ["B"], "filter": "none", "acc": int(n > 2)}
+        for n in range(10)
+    ]  # fmt: skip
+    path = tmp_path / "samples_t_x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [found] = evaluated(path).strata
+    assert (found.disagreements, found.scored) == (3, 10)
+
+
+def test_greedy_completions_and_strata(tmp_path: Path) -> None:
+    path = log(tmp_path / "a.jsonl", [["<answer>A</answer>"] * 4] * 40, greedy="<answer>A</answer>")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "category": f"c{n % 2}"}) + "\n" for n, row in enumerate(lines)))
+    found = evaluated(path, by=["category"])
+    assert [row.stratum for row in found.strata] == ["c0", "c1"]
+    assert [row.acc_at_1 and row.acc_at_1["value"] for row in found.strata] == [0.5, 0.0]
+    with pytest.raises(MedbridgeError, match="no tag 'organ'"):
+        evaluated(path, by=["organ"])
+
+
+def test_open_questions_and_differing_numbers_of_samples(tmp_path: Path) -> None:
+    rows = [
+        {"id": n, "question": "Which organ?", "answer": "the liver", "image_id": n,
+         "completions": ["<answer>The liver.</answer>"] * (1 + n % 3)}
+        for n in range(12)
+    ]  # fmt: skip
+    path = tmp_path / "open.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [found] = evaluated(path).strata
+    assert found.samples == (1, 3) and found.accuracy["value"] == 1 and found.confusion is None
+    assert found.floors == (0.0,)
+
+
+def test_nothing_to_evaluate() -> None:
+    with pytest.raises(MedbridgeError, match="no question with completions"):
+        evaluate_logs([Skip("a", 1, None, "bad")])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = log(tmp_path / "a.jsonl", [["<answer>A</answer>"] * 4] * 20)
+    runner = CliRunner()
+    shown = runner.invoke(app, ["evaluate", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "organs" in shown.output and "Mean accuracy by reading: strict 0.25" in shown.output
+    told = runner.invoke(app, ["evaluate", str(path), "--json", "--out", str(tmp_path / "out.json")])
+    assert json.loads(told.stdout) == json.loads((tmp_path / "out.json").read_text())
+    wrong = runner.invoke(app, ["evaluate", str(path), "--reading", "kind"])
+    assert isinstance(wrong.exception, MedbridgeError) and "strict, standard, lenient" in str(wrong.exception)

@@ -1,0 +1,179 @@
+"""Logs in the forms in which other tools publish them, whole and broken."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medbridge.data import Skip
+from medbridge.errors import MedbridgeError
+from medbridge.evaluation import Logged, read_logs
+
+DOC = {"question": "Which organ is shown?", "options": ["Heart", "Liver", "Lung"], "answer": "B", "image_id": "x1"}
+
+
+def rows(path: Path, *content: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+def one(path: Path, kind: str = "auto") -> Logged:
+    [found] = read_logs([path], kind)
+    assert isinstance(found, Logged), found
+    return found
+
+
+def harness(doc_id: int, resps: Any, **changes: Any) -> dict[str, Any]:
+    return {
+        "doc_id": doc_id, "doc": DOC, "target": "B", "arguments": {}, "resps": resps, "filtered_resps": ["B"],
+        "filter": "none", "exact_match": 1.0, **changes,
+    }  # fmt: skip
+
+
+def test_lm_evaluation_harness(tmp_path: Path) -> None:
+    path = rows(tmp_path / "samples_medqa_2026-11-23T10-00-00.123.jsonl", harness(0, [["The answer is B.", "A", "C"]]))
+    found = one(path)
+    assert found.completions == ("The answer is B.", "A", "C") and found.scores == (None,) * 3
+    assert found.item.id == "medqa/0" and found.item.answer == "Liver" and found.item.floor == pytest.approx(1 / 3)
+
+
+def test_a_row_a_filter_is_one_question(tmp_path: Path) -> None:
+    path = rows(
+        tmp_path / "samples_t_x.jsonl", harness(0, [["B"]], filter="strict"), harness(0, [["B"]], filter="loose")
+    )
+    assert one(path).completions == ("B",) and one(path).scores == (True,)
+
+
+def test_several_files_of_one_task_add_up(tmp_path: Path) -> None:
+    paths = [
+        rows(tmp_path / f"samples_t_2026-01-0{day}T00-00-00.jsonl", harness(0, [[text]], exact_match=text == "B"))
+        for day, text in ((1, "A"), (2, "B"))
+    ]
+    [found] = read_logs(paths)
+    assert isinstance(found, Logged) and found.completions == ("A", "B") and found.scores == (False, True)
+
+
+def test_compressed(tmp_path: Path) -> None:
+    path = tmp_path / "samples_t.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(harness(0, [["B"]])) + "\n").encode()))
+    assert one(path).completions == ("B",)
+
+
+def test_log_likelihood_tasks_are_refused(tmp_path: Path) -> None:
+    path = rows(
+        tmp_path / "samples_t.jsonl", harness(0, [[[-1.5, False]], [[-0.2, True]]], filtered_resps=[[-1.5, False]])
+    )
+    [found] = read_logs([path])
+    assert isinstance(found, Skip) and "log-likelihoods" in found.reason
+
+
+def inspect_sample(**changes: Any) -> dict[str, Any]:
+    return {
+        "id": 7, "epoch": 1, "input": [{"role": "user", "content": [{"type": "image", "image": "data:,"},
+                                                                      {"type": "text", "text": "Which organ?"}]}],
+        "choices": ["Heart", "Liver"], "target": "B", "scores": {"choice": {"value": "C"}},
+        "output": {"choices": [{"message": {"role": "assistant", "content": "ANSWER: B"}}]}, **changes,
+    }  # fmt: skip
+
+
+HEADER = {"version": 2, "status": "success", "eval": {"task": "slake"}}
+
+
+def test_inspect_json(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    second = inspect_sample(epoch=2, scores={"choice": {"value": "I"}}, output={"completion": "ANSWER: A"})
+    path.write_text(json.dumps({**HEADER, "samples": [inspect_sample(), second]}))
+    found = one(path)
+    assert found.item.id == "slake/7" and found.item.question == "Which organ?" and found.item.answer == "Liver"
+    assert found.completions == ("ANSWER: B", "ANSWER: A") and found.scores == (True, False)
+
+
+def test_inspect_eval(tmp_path: Path) -> None:
+    path = tmp_path / "log.eval"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("header.json", json.dumps(HEADER))
+        archive.writestr("samples/7_epoch_1.json", json.dumps(inspect_sample()))
+        archive.writestr("summaries.json", "[]")
+    assert one(path).item.id == "slake/7"
+
+
+def test_a_zip_bomb_ends_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import medbridge.evaluation.logs as module
+
+    monkeypatch.setattr(module, "_MAX_LINE", 1 << 16)
+    path = tmp_path / "log.eval"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("samples/1_epoch_1.json", "0" * (1 << 22))
+    with pytest.raises(MedbridgeError, match="which is no sample"):
+        list(read_logs([path]))
+
+
+NAMED = {"dataset_name": "slake", "dataset_index": 3}
+BARE = {"question": DOC["question"], "A": "Heart", "B": "Liver", "C": "Lung", "answer_idx": 1}
+WRITTEN = json.dumps({"A": "Heart", "B": "Liver", "C": "Lung"})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**DOC, "outputs": ["A", "B"]},
+        {**DOC, "options": WRITTEN, "answer": "Liver", "completions": [{"text": "A"}, {"text": "B"}]},
+        {**DOC, "options": "A. Heart\nB. Liver\nC. Lung", "responses": ["A", "B"]},
+        {**BARE, "outputs": [["A"], ["B"]]},
+    ],
+)
+def test_rows(tmp_path: Path, row: dict[str, Any]) -> None:
+    found = one(rows(tmp_path / "out.jsonl", {**row, **NAMED}))
+    assert found.item.id == "slake/3" and found.item.options == ("Heart", "Liver", "Lung")
+    assert found.item.answer == "Liver" and found.completions == ("A", "B")
+
+
+def test_a_greedy_completion_and_questions_on_one_image(tmp_path: Path) -> None:
+    path = rows(
+        tmp_path / "out.jsonl", {**DOC, "id": 1, "greedy": "B", "completions": ["A"]},
+        {**DOC, "id": 2, "completions": ["A"]}, {**DOC, "id": 3, "image_id": "x2", "completions": ["A"]},
+    )  # fmt: skip
+    first, second, third = (entry for entry in read_logs([path]) if isinstance(entry, Logged))
+    assert first.greedy == "B" and second.greedy is None
+    assert first.item.tags["cluster"] == second.item.tags["cluster"] != third.item.tags["cluster"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "Expecting"),
+        ("[1]", "an object is needed, not a list"),
+        (json.dumps({**DOC}), "no completions under any of"),
+        (json.dumps({"outputs": ["A"], "answer": "A"}), "no question under any of"),
+        (json.dumps({**DOC, "answer": "Brain", "outputs": ["A"]}), "no right answer"),
+        (json.dumps({**DOC, "options": ["Heart", "Heart"], "outputs": ["A"]}), "Heart"),
+        ("[" * 100_000, ""),
+    ],
+)
+def test_a_bad_row_is_left_out_and_counted(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text(line + "\n" + json.dumps({**DOC, "id": 9, "outputs": ["A"]}) + "\n")
+    found = list(read_logs([path], "rows"))
+    [skip] = [entry for entry in found if isinstance(entry, Skip)]
+    assert skip.line == 1 and reason in skip.reason and len(found) == 2
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8bbroken", b"PK\x03\x04broken"])
+@pytest.mark.parametrize("name", ["log.eval", "samples.jsonl.gz"])
+def test_a_broken_file_ends_in_a_message(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(MedbridgeError, match=r"can't be read|not valid JSON|not a log"):
+        list(read_logs([path]))
+
+
+def test_no_such_file_or_format(tmp_path: Path) -> None:
+    with pytest.raises(MedbridgeError, match="can't be read"):
+        list(read_logs([tmp_path / "none.jsonl"]))
+    with pytest.raises(MedbridgeError, match="known are: auto, lm-eval"):
+        list(read_logs([], "excel"))
