@@ -120,4 +120,4 @@ def probe(
                 "images with a label that no training image has",
                 soft_wrap=True, markup=False,
             )  # fmt: skip
-    stdout.print("Intervals are two-sided at 90 %.", style="dim")
+    stdout.print(f"Intervals are two-sided at {100 * results[0].confidence:.0f} %.", style="dim")

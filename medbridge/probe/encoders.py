@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +20,9 @@ from medbridge.model import ModelSettings, Policy, pick_device
 Floats = NDArray[np.float32]
 
 LITE0 = "efficientnet-lite0"
+
+_TOWERS = ("visual", "vision_tower", "multi_modal_projector")
+"""Names of the modules that make up a vision tower and its merger."""
 
 
 class EncoderSettings(BaseModel):
@@ -67,9 +71,11 @@ def open_encoder(name: str, settings: EncoderSettings, model: ModelSettings) -> 
         return _Network(name, *_lite0(), settings.pool, device)
     kind, _, which = name.partition(":")
     if kind == "torchvision" and which:
+        if settings.pool == "max":
+            raise MedbridgeError(f"encoder {name}: torchvision's networks pool by the mean. Use pool mean, or timm.")
         return _Network(name, *_torchvision(which), settings.pool, device)
     if kind == "timm" and which:
-        return _Network(name, *_timm(which), settings.pool, device)
+        return _Network(name, *_timm(which, settings.pool), settings.pool, device)
     return _Tower(name, Policy.load(name, model), settings)
 
 
@@ -91,8 +97,14 @@ class _Tower:
                 "Qwen3-VL or Gemma 3 model, or a vision-only encoder."
             )
         towers = [module for module_name, module in policy.model.named_modules() if _is_tower(module_name)]
-        shown = [str(policy.processor.image_processor.to_dict()), settings.layer, settings.pool]
-        self.key = _fingerprint(towers, [*shown, str(policy.compute_dtype)])
+        if not towers:
+            raise MedbridgeError(
+                f"{name}: no module of it is called {' or '.join(_TOWERS)}, so that its tower is not known."
+            )
+        shown = [str(policy.processor.image_processor.to_dict()), str(policy.model.config.vision_config.to_dict())]
+        self.key = _fingerprint(
+            towers, [*shown, settings.layer, settings.pool, str(policy.compute_dtype), transformers.__version__]
+        )
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Floats:
@@ -115,7 +127,7 @@ class _Tower:
 
 
 class _Network:
-    """A vision-only network that gives feature maps [images, width, height, width] or features [images, width]."""
+    """A vision-only network that gives feature maps [images, channels, height, width] or features [images, width]."""
 
     def __init__(
         self,
@@ -142,7 +154,7 @@ class _Network:
 
 
 def _is_tower(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in ("visual", "vision_tower", "multi_modal_projector")
+    return name.rsplit(".", 1)[-1] in _TOWERS
 
 
 def _fingerprint(modules: Sequence[nn.Module], words: Sequence[str]) -> str:
@@ -199,14 +211,17 @@ def _torchvision(name: str) -> _Parts:
     raise MedbridgeError(f"encoder torchvision:{name} has no classifier that is known, so that its features are not.")
 
 
-def _timm(name: str) -> _Parts:
+def _timm(name: str, pool: str) -> _Parts:
     try:
         import timm
     except ImportError as error:
         raise MedbridgeError(f"encoder timm:{name}: timm is not installed. Install medbridge[probe].") from error
     try:
-        network = timm.create_model(name, pretrained=True, num_classes=0)
-    except (RuntimeError, OSError, ValueError) as error:
+        # timm pools itself: tokens of a transformer and maps of a convolution are laid out in several ways
+        network = timm.create_model(
+            name, pretrained=True, num_classes=0, global_pool="avg" if pool == "mean" else "max"
+        )
+    except (RuntimeError, OSError, ValueError, TypeError, AssertionError) as error:
         raise MedbridgeError(f"encoder timm:{name} can't be loaded: {error}") from error
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
-    return network, network.forward_features, transform
+    return network, network, transform

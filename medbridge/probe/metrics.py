@@ -64,7 +64,7 @@ def score(found: Scored, *, alpha: float, replicates: int, seed: int) -> Scores:
         for index, label in enumerate(labels)
     ]
     areas = [
-        _area(found.probabilities[:, found.classes.index(label)], found.truth == label, weights, unseen[:, index:])
+        _area(found.probabilities[:, found.classes.index(label)], found.truth == label, weights, unseen[:, 2 * index :])
         for index, label in enumerate(labels)
         if label in found.classes and len(labels) > 1
     ]

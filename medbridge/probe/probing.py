@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class ProbeResult:
         left_out: units without a label, or with different ones.
         commonest: accuracy of always giving the training split's most frequent label, and which one that is.
         linear, knn: scores of the two probes, with the chosen strength and number of neighbours.
+        confidence: of every interval, two-sided.
     """
 
     target: str
@@ -76,6 +78,7 @@ class ProbeResult:
     strength: float
     knn: Scores
     neighbours: int
+    confidence: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -108,9 +111,9 @@ def probe(
     units, left_out = _units(items, target)
     train, validation, test = (units.get(split, {}) for split in ("train", "validation", "test"))
     if not validation:
-        order = sorted(train, key=lambda images: hashlib.blake2b("\0".join(images).encode()).digest())
-        held = order[: len(order) // _HELD_OUT]
-        validation, train = {u: train[u] for u in held}, {u: y for u, y in train.items() if u not in set(held)}
+        order = sorted(train, key=_drawn)
+        held = set(order[: len(order) // _HELD_OUT])
+        validation, train = {u: train[u] for u in order if u in held}, {u: train[u] for u in order if u not in held}
     for name, split in (("train", train), ("test", test)):
         if not split:
             raise MedbridgeError(f"probe of {target!r}: the {name} split has no image with a label. Add a source.")
@@ -133,8 +136,14 @@ def probe(
         target=target, encoder=encoder, train=len(train), validation=len(validation), test=len(test),
         classes=tuple(classes), unseen=int((~np.isin(judge.y, classes)).sum()), left_out=left_out,
         commonest=(common, float((judge.y == common).mean())), linear=scores(linear), strength=float(strength),
-        knn=scores(knn), neighbours=int(neighbours),
+        knn=scores(knn), neighbours=int(neighbours), confidence=1 - 2 * settings.alpha,
     )  # fmt: skip
+
+
+def _drawn(images: tuple[str, ...]) -> bytes:
+    """Sorts units at random, and as before where the data lies elsewhere: by the ends of their paths."""
+    names = ["/".join(Path(image).parts[-2:]) for image in images]
+    return hashlib.blake2b("\0".join(names).encode()).digest()
 
 
 def _units(items: Sequence[Item], target: str) -> tuple[dict[str, dict[tuple[str, ...], str]], int]:

@@ -58,9 +58,13 @@ class FeatureStore:
 
     def _open(self, key: str) -> sqlite3.Connection:
         path = self._folder / f"{key}.sqlite"
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             return _connect(path)
+        except (OSError, sqlite3.OperationalError) as error:  # another process holds it, or the disk does not take it
+            raise MedbridgeError(
+                f"{path}: stored features can't be opened ({error}). Try again, or free the folder."
+            ) from error
         except sqlite3.DatabaseError as error:
             self._say(f"{path}: stored features can't be read ({error}); they are computed again.")
             path.unlink()
