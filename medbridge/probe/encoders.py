@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -103,7 +103,7 @@ class _Tower:
             )
         shown = [str(policy.processor.image_processor.to_dict()), str(policy.model.config.vision_config.to_dict())]
         self.key = _fingerprint(
-            towers, [*shown, settings.layer, settings.pool, str(policy.compute_dtype), transformers.__version__]
+            towers, [*shown, settings.layer, settings.pool, str(policy.compute_dtype), version("transformers")]
         )
 
     @torch.no_grad()

@@ -12,14 +12,14 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from medbridge.cli import app
+from medbridge.cli import app, common
 from medbridge.errors import MedbridgeError
 
 
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(common.stdout, "_width", 200)
     return lambda *arguments: CliRunner().invoke(app, ["data", *map(str, arguments)])
 
 

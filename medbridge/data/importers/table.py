@@ -95,7 +95,10 @@ def _files(mapping: TableMapping, path: Path) -> list[tuple[Path, str | None]]:
     for pattern, split in mapping.files.items():
         if ".." in Path(pattern).parts or Path(pattern).is_absolute():
             raise MedbridgeError(f"the pattern {pattern!r} leaves {path}; name files below it.")
-        found.extend((file, split) for file in sorted(path.glob(pattern)))
+        try:
+            found.extend((file, split) for file in sorted(path.glob(pattern)))
+        except (ValueError, NotImplementedError, OSError) as error:
+            raise MedbridgeError(f"the pattern {pattern!r} can't be looked for in {path}: {error}.") from error
     if not mapping.files:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         found = [(file, _split_of(re.split(r"[-_.]", file.name)[0])) for file in files]

@@ -302,6 +302,7 @@ MAPPINGS: dict[str, bytes] = {
     "unknown split": b"question: q\nimages: i\nanswer: a\nsplit_default: holdout\n",
     "base of nobody": b"base: nobody\n",
     "base of itself": b"base: m.yaml\n",
+    "a pattern without sense": b"question: q\nimages: i\nanswer: a\nfiles: {'a**.csv': test}\npath: .\n",
     "files that leave": b"question: q\nimages: i\nanswer: a\nfiles: {'../*.csv': test}\npath: .\n",
     "not UTF-8": b"question: \xff\n",
     "huge": b"#" * (2**20 + 1),
