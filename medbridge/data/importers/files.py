@@ -207,8 +207,16 @@ def _by_table(root: Path, table: str, skipped: list[Skip]) -> list[Labelled]:
             split = SPLIT_NAMES.get(given.lower()) if given else None
             if given and split is None:
                 raise MedbridgeError(f"'split' is {given!r}; the splits are train, validation and test.")
-            resolve_image(root, name)
+            _check_place(root, name)
             found.append((name, label, split, _plain(row.get("group")) or None))
         except MedbridgeError as error:
             skipped.append(Skip(str(path), number, None, str(error)))
     return found
+
+
+def _check_place(root: Path, name: str) -> None:
+    """Refuse a file that is missing or lies elsewhere, without its name: that may be a patient's."""
+    try:
+        resolve_image(root, name)
+    except MedbridgeError:
+        raise MedbridgeError("its 'file' is no file below the folder.") from None

@@ -109,6 +109,17 @@ def test_nothing_of_a_patient(tmp_path: Path) -> None:
     assert b"Doe" not in kept and b"P-77" not in kept
 
 
+@pytest.mark.parametrize("name", ["DOE^JANE.dcm", "../DOE^JANE.dcm", "/DOE^JANE.dcm"])
+def test_a_row_whose_file_is_missing_names_no_patient(tmp_path: Path, name: str) -> None:
+    root = dicoms(tmp_path / "d", dicom(), dicom())
+    first, second = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.dcm"))
+    (root / "l.csv").write_text(f"file,label\n{first},a\n{second},b\n{name},a\n")
+    source = SourceSettings(kind="dicom", path=".", folder={"labels": "l.csv"})
+    found = open_items(DataSettings(sources=[source], on_bad="skip"), base_dir=root, cache_dir=tmp_path / "cache")
+    skip = next(skip for skip in found.skipped if skip.source.endswith("l.csv"))
+    assert "DOE" not in str(skip) and skip.line == 4 and "no file below the folder" in skip.reason
+
+
 def test_real_dicom_files(tmp_path: Path) -> None:
     contents = [Path(get_testdata_file(name)).read_bytes() for name in ("CT_small.dcm", "MR_small.dcm")]
     found = opened(dicoms(tmp_path / "d", *contents), kind="dicom")
