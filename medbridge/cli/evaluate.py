@@ -29,6 +29,13 @@ def evaluate(
             help="Make strata by this field of the questions; repeatable. Default: the task or data set.",
         ),
     ] = None,
+    ordered: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ordered", metavar="NAME", show_default=False,
+            help="A data set or task whose options are grades in order; repeatable. Adds the mean error in grades.",
+        ),
+    ] = None,
     reading: Annotated[
         str, typer.Option(help="How answers are read: `strict`, `standard` or `lenient`; all three are shown.")
     ] = "standard",
@@ -46,7 +53,7 @@ def evaluate(
 
     if reading not in READINGS:
         raise MedbridgeError(f"--reading is {reading!r}; valid are: {', '.join(READINGS)}.")
-    found = evaluate_logs(list(read_logs(logs, kind)), by=by or (), reading=reading)
+    found = evaluate_logs(list(read_logs(logs, kind)), by=by or (), reading=reading, ordered=ordered or ())
     content = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +79,9 @@ def evaluate(
         stdout.print(
             f"{row.stratum}: {row.reason} Mean accuracy by reading: {read}{scored}.", soft_wrap=True, markup=False
         )
+        if row.ordinal is not None:
+            error, kappa = row.ordinal["mean_absolute_error"], row.ordinal["quadratic_kappa"]
+            stdout.print(f"  {error:.2f} grades off on average, quadratic kappa {kappa:.2f}", markup=False)
     if found.skipped:
         stdout.print(f"{len(found.skipped)} rows left out; the first: {found.skipped[0]}", soft_wrap=True, markup=False)
 

@@ -41,6 +41,8 @@ class StratumResult:
         abstain_rate: share of completions without a readable answer.
         disagreements: completions that the log's own score has otherwise, of `scored` that it scored.
         confusion: right answer -> answer read -> completions, where all questions share their options.
+        ordinal: of readable completions, where the options are grades in order: mean absolute difference in grades, and
+            Cohen's kappa with quadratic weights.
     """
 
     stratum: str
@@ -63,6 +65,7 @@ class StratumResult:
     disagreements: int
     scored: int
     confusion: dict[str, dict[str, int]] | None
+    ordinal: dict[str, float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ def evaluate_logs(
     *,
     by: Sequence[str] = (),
     reading: ReadingName = "standard",
+    ordered: Sequence[str] = (),
     gate: GateSettings | None = None,
     seed: int = 0,
 ) -> Evaluation:
@@ -92,6 +96,7 @@ def evaluate_logs(
         entries: of `read_logs`.
         by: tags that make up a stratum; none: the data set or task.
         reading: of the answers; the accuracy under the others stands beside it.
+        ordered: data sets (or tasks) whose options are grades in order, from least to most.
         gate: settings of the verdict; None: the defaults.
         seed: of the bootstrap.
 
@@ -139,6 +144,7 @@ def evaluate_logs(
                 disagreements=told[0],
                 scored=told[1],
                 confusion=_confusion(strata[name], outcomes),
+                ordinal=_ordinal(strata[name], outcomes, ordered),
             )
         )
     return Evaluation(reading, tuple(found), skipped)
@@ -236,6 +242,29 @@ def _confusion(entries: Sequence[Logged], graded: Sequence[_Outcomes]) -> dict[s
         for outcome in _sampled(each):
             counts[entry.item.answer][ABSTAINED if outcome.option is None else entry.item.options[outcome.option]] += 1
     return {right: dict(row) for right, row in counts.items()}
+
+
+def _ordinal(entries: Sequence[Logged], graded: Sequence[_Outcomes], ordered: Sequence[str]) -> dict[str, float] | None:
+    if not ordered or any(entry.item.dataset not in ordered for entry in entries):
+        return None
+    if len({entry.item.options for entry in entries}) != 1 or entries[0].item.options is None:
+        raise MedbridgeError(
+            f"{entries[0].item.dataset}: its questions have different options or none, so that they are no grades."
+        )
+    pairs = [
+        (entry.item.answer_index, outcome.option)
+        for entry, each in zip(entries, graded, strict=True)
+        for outcome in _sampled(each)
+        if outcome.option is not None
+    ]
+    if not pairs:
+        return None
+    from sklearn.metrics import cohen_kappa_score
+
+    truth, read = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
+    labels = list(range(len(entries[0].item.options)))
+    kappa = cohen_kappa_score(truth, read, labels=labels, weights="quadratic") if len({*truth, *read}) > 1 else 1.0
+    return {"mean_absolute_error": float(np.abs(truth - read).mean()), "quadratic_kappa": float(kappa)}
 
 
 def _plain(measured: Measured | None) -> dict[str, float | None] | None:

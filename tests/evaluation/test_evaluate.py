@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sklearn.metrics import cohen_kappa_score
 from typer.testing import CliRunner
 
 from medbridge.cli import app
@@ -110,6 +111,22 @@ def test_open_questions_and_differing_numbers_of_samples(tmp_path: Path) -> None
     [found] = evaluated(path).strata
     assert found.samples == (1, 3) and found.accuracy["value"] == 1 and found.confusion is None
     assert found.floors == (0.0,)
+
+
+def test_grades_in_order(tmp_path: Path) -> None:
+    """One grade too high, but for the highest: 3 of 4 are off by one."""
+    texts = [[f"<answer>{'BCDD'[n % 4]}</answer>", "nothing"] for n in range(20)]
+    path = log(tmp_path / "a.jsonl", texts)
+    [found] = evaluated(path, ordered=["organs"]).strata
+    assert found.ordinal is not None and found.ordinal["mean_absolute_error"] == pytest.approx(0.75)
+    truth, read = [0, 1, 2, 3], [1, 2, 3, 3]
+    assert found.ordinal["quadratic_kappa"] == pytest.approx(cohen_kappa_score(truth, read, weights="quadratic"))
+    assert evaluated(path).strata[0].ordinal is None
+    assert "0.75 grades off" in CliRunner().invoke(app, ["evaluate", str(path), "--ordered", "organs"]).output
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0].replace("Spleen", "Bowel"), *lines[1:]]))
+    with pytest.raises(MedbridgeError, match="no grades"):
+        evaluated(path, ordered=["organs"])
 
 
 def test_nothing_to_evaluate() -> None:
