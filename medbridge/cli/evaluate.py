@@ -79,6 +79,11 @@ def evaluate(
         stdout.print(
             f"{row.stratum}: {row.reason} Mean accuracy by reading: {read}{scored}.", soft_wrap=True, markup=False
         )
+        if row.open_answers is not None:
+            told = f"  open answers: token F1 {row.open_answers['token_f1']:.2f}"
+            if "same_quantity" in row.open_answers:
+                told += f"; the right quantity in {row.open_answers['same_quantity']:.2f} of those asked for one"
+            stdout.print(told, markup=False)
         if row.ordinal is not None:
             error, kappa = row.ordinal["mean_absolute_error"], row.ordinal["quadratic_kappa"]
             stdout.print(f"  {error:.2f} grades off on average, quadratic kappa {kappa:.2f}", markup=False)

@@ -15,6 +15,7 @@ from medbridge.data.answers import Outcome
 from medbridge.data.readings import READINGS, ReadingName, regrade
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation.logs import Logged
+from medbridge.evaluation.open_answers import same_quantity, token_f1
 from medbridge.measurement.counting import count
 from medbridge.rollout import GREEDY
 from medbridge.support import GateSettings, Measured, Tally, judge, majority_at_k, measure
@@ -41,6 +42,8 @@ class StratumResult:
         abstain_rate: share of completions without a readable answer.
         disagreements: completions that the log's own score has otherwise, of `scored` that it scored.
         confusion: right answer -> answer read -> completions, where all questions share their options.
+        open_answers: of open questions, the mean token F1 of the completions, and how many of those that are asked for a
+            quantity give it, whatever its unit.
         ordinal: of readable completions, where the options are grades in order: mean absolute difference in grades, and
             Cohen's kappa with quadratic weights.
     """
@@ -66,6 +69,7 @@ class StratumResult:
     scored: int
     confusion: dict[str, dict[str, int]] | None
     ordinal: dict[str, float] | None
+    open_answers: dict[str, float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,7 @@ def evaluate_logs(
                 scored=told[1],
                 confusion=_confusion(strata[name], outcomes),
                 ordinal=_ordinal(strata[name], outcomes, ordered),
+                open_answers=_open_answers(strata[name], outcomes),
             )
         )
     return Evaluation(reading, tuple(found), skipped)
@@ -242,6 +247,23 @@ def _confusion(entries: Sequence[Logged], graded: Sequence[_Outcomes]) -> dict[s
         for outcome in _sampled(each):
             counts[entry.item.answer][ABSTAINED if outcome.option is None else entry.item.options[outcome.option]] += 1
     return {right: dict(row) for right, row in counts.items()}
+
+
+def _open_answers(entries: Sequence[Logged], graded: Sequence[_Outcomes]) -> dict[str, float] | None:
+    shared, quantities = [], []
+    for entry, each in zip(entries, graded, strict=True):
+        if entry.item.options is not None:
+            continue
+        for outcome in _sampled(each):
+            read, right = outcome.answer or "", entry.item.answer
+            shared.append(1.0 if outcome.status == "correct" else token_f1(read, right))
+            same = same_quantity(read, right)
+            if same is not None:
+                quantities.append(same)
+    if not shared:
+        return None
+    given = {"quantities": float(len(quantities)), "same_quantity": float(np.mean(quantities))} if quantities else {}
+    return {"token_f1": float(np.mean(shared)), **given}
 
 
 def _ordinal(entries: Sequence[Logged], graded: Sequence[_Outcomes], ordered: Sequence[str]) -> dict[str, float] | None:

@@ -113,6 +113,21 @@ def test_open_questions_and_differing_numbers_of_samples(tmp_path: Path) -> None
     assert found.floors == (0.0,)
 
 
+def test_open_answers_beyond_equality(tmp_path: Path) -> None:
+    rows = [
+        {"id": 1, "question": "Where?", "answer": "left upper lobe", "completions": ["<answer>the left lobe</answer>"]},
+        {"id": 2, "question": "How large?", "answer": "1.5 cm", "completions": ["<answer>15 mm</answer>"]},
+        {"id": 3, "question": "How many?", "answer": "2", "completions": ["no idea"]},
+    ]
+    path = tmp_path / "open.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [found] = evaluated(path).strata
+    assert found.open_answers is not None and found.open_answers["quantities"] == 2
+    assert found.open_answers["same_quantity"] == 0.5
+    assert found.open_answers["token_f1"] == pytest.approx((0.8 + 0 + 0) / 3)
+    assert "token F1 0.27; the right quantity in 0.50" in CliRunner().invoke(app, ["evaluate", str(path)]).output
+
+
 def test_grades_in_order(tmp_path: Path) -> None:
     """One grade too high, but for the highest: 3 of 4 are off by one."""
     texts = [[f"<answer>{'BCDD'[n % 4]}</answer>", "nothing"] for n in range(20)]
