@@ -42,7 +42,7 @@ class StratumResult:
         abstain_rate: share of completions without a readable answer.
         disagreements: completions that the log's own score has otherwise, of `scored` that it scored.
         confusion: right answer -> answer read -> completions, where all questions share their options.
-        open_answers: of open questions, the mean token F1 of the completions, and how many of those that are asked for a
+        open_answers: of open questions, the mean token F1 of the completions, and how many of those asked for a
             quantity give it, whatever its unit.
         ordinal: of readable completions, where the options are grades in order: mean absolute difference in grades, and
             Cohen's kappa with quadratic weights.
