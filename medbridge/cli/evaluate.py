@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +41,18 @@ def evaluate(
     reading: Annotated[
         str, typer.Option(help="How answers are read: `strict`, `standard` or `lenient`; all three are shown.")
     ] = "standard",
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-url", metavar="URL", show_default=False,
+            help="OpenAI-compatible endpoint (http://host:8000/v1) that compares open answers whose words differ, with "
+            "--judge-model. The key comes from MEDBRIDGE_JUDGE_KEY. Questions and answers are sent there.",
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option("--judge-model", metavar="NAME", show_default=False)] = None,
+    judge_store: Annotated[
+        Path, typer.Option("--judge-store", metavar="FILE", help="Where its verdicts are kept, with their prompts.")
+    ] = Path("judge.sqlite"),
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write the result here too.")
     ] = None,
@@ -50,10 +64,19 @@ def evaluate(
     from medbridge.data.readings import READINGS
     from medbridge.errors import MedbridgeError
     from medbridge.evaluation import evaluate_logs, read_logs
+    from medbridge.evaluation.judge import Judge
 
     if reading not in READINGS:
         raise MedbridgeError(f"--reading is {reading!r}; valid are: {', '.join(READINGS)}.")
-    found = evaluate_logs(list(read_logs(logs, kind)), by=by or (), reading=reading, ordered=ordered or ())
+    if (judge_url is None) != (judge_model is None):
+        raise MedbridgeError("a judge needs both --judge-url and --judge-model.")
+    with ExitStack() as stack:
+        ask = None
+        if judge_url is not None and judge_model is not None:
+            key = os.environ.get("MEDBRIDGE_JUDGE_KEY")
+            ask = stack.enter_context(Judge(judge_url, judge_model, judge_store, key=key)).same
+        entries = list(read_logs(logs, kind))
+        found = evaluate_logs(entries, by=by or (), reading=reading, ordered=ordered or (), judge_open=ask)
     content = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +106,8 @@ def evaluate(
             told = f"  open answers: token F1 {row.open_answers['token_f1']:.2f}"
             if "same_quantity" in row.open_answers:
                 told += f"; the right quantity in {row.open_answers['same_quantity']:.2f} of those asked for one"
+            if "judged" in row.open_answers:
+                told += f"; right by the judge {row.open_answers['judged']:.2f}"
             stdout.print(told, markup=False)
         if row.ordinal is not None:
             error, kappa = row.ordinal["mean_absolute_error"], row.ordinal["quadratic_kappa"]

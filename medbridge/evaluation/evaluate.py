@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class StratumResult:
         disagreements: completions that the log's own score has otherwise, of `scored` that it scored.
         confusion: right answer -> answer read -> completions, where all questions share their options.
         open_answers: of open questions, the mean token F1 of the completions, and how many of those asked for a
-            quantity give it, whatever its unit.
+            quantity give it, whatever its unit; with a judge, how many are right by equal words or by it.
         ordinal: of readable completions, where the options are grades in order: mean absolute difference in grades, and
             Cohen's kappa with quadratic weights.
     """
@@ -93,6 +93,7 @@ def evaluate_logs(
     ordered: Sequence[str] = (),
     gate: GateSettings | None = None,
     seed: int = 0,
+    judge_open: Callable[[str, str, str], bool] | None = None,
 ) -> Evaluation:
     """Grade and judge logged completions.
 
@@ -103,6 +104,8 @@ def evaluate_logs(
         ordered: data sets (or tasks) whose options are grades in order, from least to most.
         gate: settings of the verdict; None: the defaults.
         seed: of the bootstrap.
+        judge_open: whether an open answer means the right one, of (question, right answer, answer read); asked where
+            the words differ. What it says is told beside the readings and changes no verdict. None: it isn't asked.
 
     Raises:
         MedbridgeError: nothing could be read, or an item lacks a tag.
@@ -149,7 +152,7 @@ def evaluate_logs(
                 scored=told[1],
                 confusion=_confusion(strata[name], outcomes),
                 ordinal=_ordinal(strata[name], outcomes, ordered),
-                open_answers=_open_answers(strata[name], outcomes),
+                open_answers=_open_answers(strata[name], outcomes, judge_open),
             )
         )
     return Evaluation(reading, tuple(found), skipped)
@@ -249,20 +252,28 @@ def _confusion(entries: Sequence[Logged], graded: Sequence[_Outcomes]) -> dict[s
     return {right: dict(row) for right, row in counts.items()}
 
 
-def _open_answers(entries: Sequence[Logged], graded: Sequence[_Outcomes]) -> dict[str, float] | None:
-    shared, quantities = [], []
+def _open_answers(
+    entries: Sequence[Logged], graded: Sequence[_Outcomes], judge_open: Callable[[str, str, str], bool] | None
+) -> dict[str, float] | None:
+    shared, quantities, judged = [], [], []
     for entry, each in zip(entries, graded, strict=True):
         if entry.item.options is not None:
             continue
         for outcome in _sampled(each):
             read, right = outcome.answer or "", entry.item.answer
             shared.append(1.0 if outcome.status == "correct" else token_f1(read, right))
+            if judge_open is not None:
+                judged.append(
+                    outcome.status == "correct" or (bool(read) and judge_open(entry.item.question, right, read))
+                )
             same = same_quantity(read, right)
             if same is not None:
                 quantities.append(same)
     if not shared:
         return None
     given = {"quantities": float(len(quantities)), "same_quantity": float(np.mean(quantities))} if quantities else {}
+    if judged:
+        given["judged"] = float(np.mean(judged))
     return {"token_f1": float(np.mean(shared)), **given}
 
 

@@ -1,0 +1,128 @@
+"""A language model behind an OpenAI-compatible endpoint that says whether two open answers mean the same.
+
+Every verdict is stored with its whole prompt and what the model said, so that it can be checked, and nothing is asked
+twice. It sees question, right answer and answer; no images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from medbridge.errors import MedbridgeError
+
+PROMPT = """Two answers to a medical question about an image are compared. Does the given answer mean the same as the \
+right one? A less precise answer is wrong; other words for the same are right.
+
+Question: {question}
+Right answer: {right}
+Given answer: {read}
+
+Reply with one word: correct or wrong."""
+
+_TRIES = 4
+
+
+class Judge:
+    """Asks, and remembers in an SQLite file. A context, which closes both."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        store: Path,
+        *,
+        key: str | None = None,
+        timeout: float = 60.0,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`url`: of the endpoint, with its version (http://host:8000/v1). `wait` sleeps between tries.
+
+        Raises:
+            MedbridgeError: the store can't be opened.
+        """
+        self.url, self.model, self._wait = url.rstrip("/"), model, wait
+        try:
+            store.parent.mkdir(parents=True, exist_ok=True)
+            self._store = sqlite3.connect(store)
+            self._store.execute(
+                "CREATE TABLE IF NOT EXISTS verdicts "
+                "(key TEXT PRIMARY KEY, model TEXT, prompt TEXT, said TEXT, right INTEGER)"
+            )
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise MedbridgeError(
+                f"{store}: the judge's verdicts can't be kept here ({error}). Name another file."
+            ) from error
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(headers=headers, timeout=timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+        self._store.close()
+
+    def same(self, question: str, right: str, read: str) -> bool:
+        """Whether the answer that was read means the right one.
+
+        Raises:
+            MedbridgeError: the endpoint can't be reached, refuses, or says neither word.
+        """
+        prompt = PROMPT.format(question=question, right=right, read=read)
+        key = hashlib.blake2b(f"{self.model}\0{prompt}".encode("utf-8", "replace"), digest_size=16).hexdigest()
+        known = self._store.execute("SELECT right FROM verdicts WHERE key = ?", (key,)).fetchone()
+        if known is not None:
+            return bool(known[0])
+        said = self._ask(prompt)
+        words = set(re.findall(r"\b(correct|wrong)\b", said.casefold()))
+        if len(words) != 1:
+            raise MedbridgeError(
+                f"the judge {self.model} said neither correct nor wrong: {said[:200]!r}. Try another model."
+            )
+        verdict = words == {"correct"}
+        with self._store:
+            self._store.execute(
+                "INSERT OR REPLACE INTO verdicts VALUES (?,?,?,?,?)", (key, self.model, prompt, said, verdict)
+            )
+        return verdict
+
+    def _ask(self, prompt: str) -> str:
+        body = {
+            "model": self.model, "temperature": 0, "max_tokens": 16,
+            "messages": [{"role": "user", "content": prompt}],
+        }  # fmt: skip
+        problem = ""
+        for attempt in range(_TRIES):
+            if attempt:
+                self._wait(2.0**attempt)
+            try:
+                answer = self._client.post(f"{self.url}/chat/completions", json=body)
+            except httpx.HTTPError as error:
+                problem = str(error) or type(error).__name__
+                continue
+            if answer.status_code == 429 or answer.status_code >= 500:
+                problem = f"status {answer.status_code}"
+                continue
+            if answer.status_code != 200:
+                raise MedbridgeError(
+                    f"the judge at {self.url} refuses (status {answer.status_code}): {answer.text[:200]}. Check the "
+                    "model's name and the key (MEDBRIDGE_JUDGE_KEY)."
+                )
+            with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+                return str(answer.json()["choices"][0]["message"]["content"] or "")
+            problem = f"no chat completion in {answer.text[:100]!r}"
+        raise MedbridgeError(
+            f"the judge at {self.url} can't be asked: {problem}. What it said so far is kept; try again."
+        )
