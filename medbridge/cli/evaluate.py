@@ -49,7 +49,10 @@ def evaluate(
             "--judge-model. The key comes from MEDBRIDGE_JUDGE_KEY. Questions and answers are sent there.",
         ),
     ] = None,
-    judge_model: Annotated[str | None, typer.Option("--judge-model", metavar="NAME", show_default=False, help="The judge, as its endpoint names it.")] = None,
+    judge_model: Annotated[
+        str | None,
+        typer.Option("--judge-model", metavar="NAME", show_default=False, help="The judge, as its endpoint names it."),
+    ] = None,
     judge_store: Annotated[
         Path, typer.Option("--judge-store", metavar="FILE", help="Where its verdicts are kept, with their prompts.")
     ] = Path("judge.sqlite"),
