@@ -22,8 +22,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import embedded  # isort: skip  # before all others: what cannot load beside a CPU build of torch is made to look absent
 import datasets
-import embedded  # before TRL: it makes torchvision importable beside a CPU build of torch
 import torch
 from trl import GRPOConfig, GRPOTrainer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_wandb_has_every_metric_of_every_step_and_a_resumed_stage_is_the_same_ru
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delitem(sys.modules, "openai", raising=False)  # W&B advertises another product where it is imported
     opened = run(wandb="project", sft={"checkpoint_every": 2})
     interrupted(opened, 4, lambda: opened.train_once("bridge", ["side"]))
     opened.close()

@@ -8,7 +8,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_TRIGGERS = {"transformers", "torchvision", "torchaudio", "torchcodec"}
+_TRIGGERS = {"transformers", "datasets", "torchvision", "torchaudio", "torchcodec"}
 
 
 class _Imported(Loader):
