@@ -85,6 +85,16 @@ def write_tiny_data(folder: Path, per_split: int = 12) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with SLAKE and MedMNIST; the test is skipped where it is absent."""
+    named = os.environ.get("MEDBRIDGE_TEST_DATA")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder} (set MEDBRIDGE_TEST_DATA)")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def denormals() -> Iterator[None]:
     """Loading a model has the processor flush denormal numbers, for the whole process; other tests count on them."""

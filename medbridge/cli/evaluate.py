@@ -68,6 +68,7 @@ def evaluate(
     from medbridge.errors import MedbridgeError
     from medbridge.evaluation import evaluate_logs, read_logs
     from medbridge.evaluation.judge import Judge
+    from medbridge.files import replace_text
 
     if reading not in READINGS:
         raise MedbridgeError(f"--reading is {reading!r}; valid are: {', '.join(READINGS)}.")
@@ -82,8 +83,7 @@ def evaluate(
         found = evaluate_logs(entries, by=by or (), reading=reading, ordered=ordered or (), judge_open=ask)
     content = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(content, encoding="utf-8")
+        replace_text(out, content)
     if as_json:
         sys.stdout.write(content)
         return

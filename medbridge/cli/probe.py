@@ -64,6 +64,7 @@ def probe(
 
     from medbridge.data import open_items
     from medbridge.errors import MedbridgeError
+    from medbridge.files import replace_text
     from medbridge.probe import EncoderSettings, FeatureStore, ProbeResult, ProbeSettings, open_encoder
     from medbridge.probe import probe as fit
     from medbridge.probe.metrics import words
@@ -94,8 +95,7 @@ def probe(
                 )  # fmt: skip
     told = [result.to_dict() for result in results]
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace_text(out, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     if as_json:
         sys.stdout.write(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
         return

@@ -16,7 +16,7 @@ from medbridge.cli.common import JsonOption, RunOption, SetOption, cache_folder,
 from medbridge.progress import Reporter
 
 if TYPE_CHECKING:
-    from medbridge.study.result import Interval, StudyResult
+    from medbridge.study.result import StudyResult
 
 
 @app.command()
@@ -53,6 +53,8 @@ def study(
 
 
 def _table(found: StudyResult) -> Table:
+    from medbridge.report.summary import bracketed
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("Stratum", "Model", "Finding", "Sees", "Reaches", "Says"):
         table.add_column(name, overflow="fold")
@@ -61,13 +63,6 @@ def _table(found: StudyResult) -> Table:
             cell = found.cell(row.name, stratum)
             if cell is not None:
                 gain = None if cell.sight is None else cell.sight.gain
-                numbers = (_bracketed(value) for value in (gain, cell.support, cell.acc_at_1))
+                numbers = (escaped(bracketed(value)) for value in (gain, cell.support, cell.acc_at_1))
                 table.add_row(escaped(stratum), escaped(row.name), cell.finding.kind, *numbers)
     return table
-
-
-def _bracketed(interval: Interval | None) -> str:
-    if interval is None:
-        return "-"
-    ends = "" if interval.low is None or interval.high is None else f" \\[{interval.low:.2f},{interval.high:.2f}]"
-    return f"{interval.value:.2f}{ends}"

@@ -5,8 +5,6 @@ does not see. Real images are read by `images`; what controls say about support 
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -16,7 +14,7 @@ from PIL import Image
 
 from medbridge.data.images import load_image
 from medbridge.data.items import Item, ItemSet, Skip
-from medbridge.errors import MedbridgeError
+from medbridge.files import replace_file
 
 GREY = 128
 """Value of all three channels of a blank image: the middle, so that no model sees a black or white frame."""
@@ -99,16 +97,7 @@ def _blank_image(size: tuple[int, int], folder: Path) -> str:
     path = folder.absolute() / f"blank-{size[0]}x{size[1]}.png"
     if path.is_file():
         return str(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            Image.new("L", size, GREY).save(fresh, format="PNG")
-            os.replace(fresh, path)
-        finally:
-            fresh.unlink(missing_ok=True)
-    except OSError as error:
-        raise MedbridgeError(f"{path}: can't be written ({error}). Name a folder you may write to.") from error
+    replace_file(path, lambda stream: Image.new("L", size, GREY).save(stream, format="PNG"))
     return str(path)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medbridge.data import Item, PromptSettings, Skip, grade
-from medbridge.data.answers import Outcome
+from medbridge.data.answers import Outcome, normalise
 from medbridge.data.readings import READINGS, ReadingName, regrade
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation.logs import Logged
@@ -223,8 +223,6 @@ def _majority(entries: Sequence[Logged], tallies: Sequence[Tally], most: int) ->
 
 def _vote_of(item: Item) -> str:
     """How the right answer is written among a tally's votes."""
-    from medbridge.data.answers import normalise
-
     return str(item.answer_index) if item.options is not None else normalise(item.answer)
 
 

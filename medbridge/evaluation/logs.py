@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from medbridge.data import Item, Skip
+from medbridge.data.importers.lines import numbered_lines, parse_row
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
 
@@ -121,19 +122,17 @@ def _opened(file: Path) -> IO[bytes]:
 def _rows(file: Path, kind: str) -> Iterator[Logged | Skip]:
     """lm-evaluation-harness and lmms-eval write a row a question and filter, other tools a row a question or sample."""
     task = re.sub(r"^samples_|_\d{4}-\d{2}-\d{2}T.*$|_samples$", "", file.name.split(".")[0])
-    seen: set[tuple[str, str]] = set()
-    for number, line in _lines(file):
+    seen: dict[str, str] = {}  # question -> the filter whose completions are taken
+    for number, line in _log_lines(file):
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise MedbridgeError(f"an object is needed, not a {type(row).__name__}.")
+            row = parse_row(line)
             if kind in ("lm-eval", "lmms-eval"):
-                key = str(row.get("doc_id")), str(row.get("filter"))
-                if key[0] in {doc for doc, _ in seen} and key not in seen:
+                question, chosen = str(row.get("doc_id")), str(row.get("filter"))
+                if question in seen:
+                    if seen[question] == chosen:
+                        raise MedbridgeError(f"doc_id {question} stands twice.")
                     continue  # the same completions under another filter
-                if key in seen:
-                    raise MedbridgeError(f"doc_id {key[0]} stands twice.")
-                seen.add(key)
+                seen[question] = chosen
                 yield _harness(row, task)
             else:
                 yield _plain(row, task, number)
@@ -141,17 +140,10 @@ def _rows(file: Path, kind: str) -> Iterator[Logged | Skip]:
             yield Skip(str(file), number, None, str(error) or type(error).__name__)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+def _log_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        with _opened(file) as stream:
-            number = 0
-            while line := stream.readline(_MAX_LINE):
-                number += 1
-                if len(line) == _MAX_LINE:
-                    raise MedbridgeError(f"{file}:{number}: a line of more than {_MAX_LINE >> 20} MiB is no row.")
-                if line.strip():
-                    yield number, line
-    except (OSError, zlib.error, EOFError) as error:
+        yield from numbered_lines(file, longest=_MAX_LINE, opener=_opened)
+    except (zlib.error, EOFError) as error:
         raise MedbridgeError(f"{file}: can't be read ({error}).") from error
 
 

@@ -12,18 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medbridge.support.estimate import Measured
+
 Floats = NDArray[np.float64]
 Ends = tuple[Floats, Floats, Floats]
 """A score under weights of one: [1], and its lowest and highest under each row of drawn weights: [replicates] each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A score with the two ends of its interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +30,9 @@ class Scores:
             units on both sides.
     """
 
-    accuracy: Interval
-    balanced_accuracy: Interval
-    auc: Interval | None
+    accuracy: Measured
+    balanced_accuracy: Measured
+    auc: Measured | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +100,12 @@ def _area(scores: Floats, positive: NDArray[np.bool_], weights: Floats, unseen: 
     return value, wins / total, (wins + total - above * below) / total
 
 
-def _interval(parts: list[Ends], alpha: float) -> Interval:
+def _interval(parts: list[Ends], alpha: float) -> Measured:
     """Of the mean of scores."""
     value, low, high = (np.mean([part[end] for part in parts], axis=0) for end in range(3))
-    return Interval(float(value[0]), float(np.quantile(low, alpha)), min(1.0, float(np.quantile(high, 1 - alpha))))
+    return Measured(float(value[0]), float(np.quantile(low, alpha)), min(1.0, float(np.quantile(high, 1 - alpha))))
 
 
-def words(interval: Interval | None) -> str:
+def words(interval: Measured | None) -> str:
     """As a table shows it."""
     return "-" if interval is None else f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from medbridge.data import Item
@@ -122,7 +122,7 @@ def probe(
         raise MedbridgeError(f"probe of {target!r}: all training images have the label {classes[0]!r}.")
     fit, choose, judge = _table(features, train, validation, test)
     common = min(Counter(fit.y.tolist()).items(), key=lambda entry: (-entry[1], entry[0]))[0]
-    strength, linear = _best(lambda c: _linear(fit, c), sorted(settings.strengths), choose)
+    strength, linear = _best(lambda c: fit_linear(fit.x, fit.y, c), sorted(settings.strengths), choose)
     most = [k for k in sorted(settings.neighbours, reverse=True) if k <= len(fit.y)] or [1]
     neighbours, knn = _best(lambda k: _nearest(fit, int(k)), most, choose)
 
@@ -169,17 +169,38 @@ def _units(items: Sequence[Item], target: str) -> tuple[dict[str, dict[tuple[str
     return kept, total - whole
 
 
+def unit_features(
+    features: Features, units: Iterable[tuple[str, ...]], fitted_on: Collection[tuple[str, ...]]
+) -> dict[tuple[str, ...], NDArray[np.float64]]:
+    """Features [width] of each unit, the mean over its images, standardised by those of the units `fitted_on`."""
+    ordered = sorted(set(units))
+    files = sorted({file for unit in ordered for file in unit})
+    rows = dict(zip(files, features(files).astype(np.float64), strict=True))
+    table = {unit: np.mean([rows[file] for file in unit], axis=0) for unit in ordered}
+    known = np.stack([table[unit] for unit in sorted(set(fitted_on))])
+    mean, spread = known.mean(0), known.std(0)
+    scale = np.where(spread > 1e-9, spread, 1.0)
+    return {unit: (row - mean) / scale for unit, row in table.items()}
+
+
+def fit_linear(x: NDArray[np.float64], y: ArrayLike, strength: float) -> Any:
+    """Logistic regression of labels [units] on standardised features [units, width], regularised by 1 / `strength`."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=strength, max_iter=500).fit(x, y)
+
+
 def _table(features: Features, *splits: dict[tuple[str, ...], str]) -> list[_Split]:
     """The splits with their features, standardised by the first."""
-    files = sorted({file for split in splits for unit in split for file in unit})
-    rows = dict(zip(files, features(files).astype(np.float64), strict=True))
+    rows = unit_features(features, (unit for split in splits for unit in split), splits[0])
+    width = len(next(iter(rows.values())))
     found = []
     for split in splits:
-        x = [np.mean([rows[file] for file in unit], axis=0) for unit in split]
-        found.append(_Split(np.array(x).reshape(len(split), -1), np.array(list(split.values()), dtype=np.str_)))
-    mean, spread = found[0].x.mean(0), found[0].x.std(0)
-    scale = np.where(spread > 1e-9, spread, 1.0)
-    found = [_Split((each.x - mean) / scale if len(each.y) else each.x, each.y) for each in found]
+        x = np.array([rows[unit] for unit in split]).reshape(-1, width)
+        found.append(_Split(x, np.array(list(split.values()), dtype=np.str_)))
     if found[0].x.shape[1] <= len(found[0].y):
         return found
     # Both probes see inner products with training units only: a basis of these has the same, in fewer numbers.
@@ -201,15 +222,6 @@ def _best(make: Callable[[float], Any], choices: Sequence[float], judged_by: _Sp
 
 def _balanced(truth: NDArray[np.str_], predicted: NDArray[np.str_]) -> float:
     return float(np.mean([(predicted[truth == label] == label).mean() for label in np.unique(truth)]))
-
-
-def _linear(fit: _Split, strength: float) -> Any:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, max_iter=500).fit(fit.x, fit.y)
 
 
 def _nearest(fit: _Split, neighbours: int) -> Any:

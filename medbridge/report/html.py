@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from medbridge.files import replace_text
 from medbridge.metrics import METRICS
 from medbridge.report import charts
 from medbridge.report.charts import Reached, Series, figure
 from medbridge.report.checks import Findings, findings
 from medbridge.report.collect import collect
 from medbridge.report.images import Embedder, Picture
+from medbridge.report.page import environment
 from medbridge.report.samples import excerpt
-from medbridge.report.text import clean
 from medbridge.report.view import (
     CheckView,
     Estimate,
@@ -70,34 +68,17 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         The path of the file.
 
     Raises:
-        MedbridgeError: there is no run database, or it can't be read.
+        MedbridgeError: there is no run database, it can't be read, or the file can't be written.
     """
     path = run_dir / "report.html" if out is None else out
-    content = render(collect(run_dir)).encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp's files are the owner's only
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    replace_text(path, render(collect(run_dir)))
     return path
 
 
 def render(view: RunView) -> str:
     """The report as HTML text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalize,
-    )
-    environment.filters |= {
+    templates = environment()
+    templates.filters |= {
         "two": two,
         "signed": _signed,
         "near_one": near_one,
@@ -109,14 +90,7 @@ def render(view: RunView) -> str:
         "figure": figure,
     }
     page = _Page(view)
-    return environment.get_template("report.html.j2").render(run=view, page=page, few=_FEW_STRATA, check_names=CHECKS)
-
-
-def _finalize(value: Any) -> Any:
-    """What a template prints goes through here: None prints nothing, and no text can break the file."""
-    if value is None:
-        return ""
-    return clean(value) if type(value) is str else value
+    return templates.get_template("report.html.j2").render(run=view, page=page, few=_FEW_STRATA, check_names=CHECKS)
 
 
 def two(value: float | None) -> str:

@@ -5,22 +5,15 @@ It shows what a model is asked, before any run; what models answered is the repo
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from medbridge.data import Item, PromptSettings, build_prompt, permutation, target_completion
-from medbridge.errors import MedbridgeError
+from medbridge.files import replace_text
 from medbridge.report.images import Embedder, Picture
-from medbridge.report.text import clean
+from medbridge.report.page import TEMPLATES, environment, script_hash
 from medbridge.report.view import short
 
 IMAGE_BYTES = 6_000_000
@@ -28,8 +21,6 @@ IMAGE_BYTES = 6_000_000
 
 _PICTURES = 4
 """Pictures of one question that are shown."""
-
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,42 +51,23 @@ def write_questions(
     lacks a tag of its stratum, and where the file can't be written.
     """
     embedder = Embedder(IMAGE_BYTES)
-    content = render([_card(item, embedder, strata, settings, seed) for item in items], total).encode("utf-8")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
-            try:
-                file.write(content)
-                os.fchmod(file.fileno(), 0o644)  # a temporary file is its owner's only
-                os.replace(file.name, out)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise MedbridgeError(f"{out}: can't be written ({error}). Name a file in a folder you may write to.") from error
+    replace_text(out, render([_card(item, embedder, strata, settings, seed) for item in items], total))
     return out
 
 
 def render(cards: Sequence[Card], total: int) -> str:
     """The page as HTML text. Its one script is named by its hash, so that a browser runs no other."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalize,
-    )
-    environment.filters |= {"short": short, "count": lambda value: f"{value:,}"}
-    script = (_TEMPLATES / "questions.js").read_text(encoding="utf-8").strip()
-    return environment.get_template("questions.html.j2").render(
+    templates = environment()
+    templates.filters |= {"short": short, "count": lambda value: f"{value:,}"}
+    script = (TEMPLATES / "questions.js").read_text(encoding="utf-8").strip()
+    return templates.get_template("questions.html.j2").render(
         cards=cards,
         total=total,
         datasets=sorted({card.item.dataset for card in cards}),
         splits=Counter(card.item.split for card in cards),
         strata=dict(sorted(Counter(card.stratum for card in cards).items())),
         script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_hash=script_hash(script),
     )
 
 
@@ -109,8 +81,3 @@ def _card(item: Item, embedder: Embedder, strata: Sequence[str], settings: Promp
         build_prompt(item, order, settings)[-1]["content"][-1]["text"],
         target_completion(item, order, settings),
     )
-
-
-def _finalize(value: Any) -> Any:
-    """What a template prints goes through here: no text of the data can break the file."""
-    return clean(value) if type(value) is str else value

@@ -102,14 +102,14 @@ def _verdict_table(strata: Sequence[StratumView]) -> Table:
             rows.append((stratum.latest, Text("  latest")))
         for measurement, name in rows:
             assert measurement is not None
-            support = _bracketed(measurement.support)
+            support = bracketed(measurement.support)
             table.add_row(
                 name,
                 Text(measurement.kind, _STYLES.get(measurement.kind, "")),
                 Text(support if measurement.support is None else f"{support} @{measurement.k}"),
                 Text(two(measurement.raw_pass) + ("" if common else f"@{measurement.n_min}")),
                 Text(near_one(measurement.raw_floor)),
-                Text(_bracketed(measurement.acc_at_1)),
+                Text(bracketed(measurement.acc_at_1)),
             )
     return table
 
@@ -146,7 +146,7 @@ def _test_table(view: RunView) -> Table:
         words = "" if contrast is None else "apart" if contrast.apart else "overlap"
         table.add_row(
             _text(short(row.stratum, 60)),
-            *(Text(_bracketed(estimate)) for estimate in estimates),
+            *(Text(bracketed(estimate)) for estimate in estimates),
             Text(words, "bold" if contrast and contrast.apart else ""),
         )
     return table
@@ -175,7 +175,8 @@ def _headline(view: RunView) -> Text:
     return line
 
 
-def _bracketed(value: Estimate | None) -> str:
+def bracketed(value: Estimate | None) -> str:
+    """As a table shows it, "0.42 [0.30,0.51]"; a dash where it isn't known."""
     if value is None:
         return two(None)
     known = value.low is not None and value.high is not None

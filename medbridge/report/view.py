@@ -23,6 +23,11 @@ class Estimate:
     low: float | None
     high: float | None
 
+    def __str__(self) -> str:
+        """As a sentence says it: "0.42 [0.30, 0.51]"."""
+        ends = "" if self.low is None or self.high is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}{ends}"
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:

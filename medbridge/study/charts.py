@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from medbridge.report.svg import drawing, label, line, markup, node, path_data, text_node
 from medbridge.report.text import clean
-from medbridge.study.result import Cell, ChangeCell, Interval, StudyResult
+from medbridge.report.view import Estimate
+from medbridge.study.result import Cell, ChangeCell, StudyResult
 
 MARKS = {"vision-limited": "V", "support-limited": "S", "sampling-limited": "R", "solved": "✓", "undecided": "?"}
 """One letter for each finding: sampling-limited is what RL sharpens."""
@@ -149,15 +150,15 @@ def _shift(svg: ET.Element, change: ChangeCell, column: int, row: int) -> None:
         label(group, x + _WIDTH - 12, y + 24, "trained", "end", "small")
 
 
-def _support(cell: Cell) -> Interval | None:
+def _support(cell: Cell) -> Estimate | None:
     return cell.support
 
 
-def _accuracy(cell: Cell) -> Interval | None:
+def _accuracy(cell: Cell) -> Estimate | None:
     return cell.acc_at_1
 
 
-def _value(interval: Interval | None) -> float | None:
+def _value(interval: Estimate | None) -> float | None:
     return None if interval is None else interval.value
 
 

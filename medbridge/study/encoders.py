@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from medbridge.model import ModelSettings
 from medbridge.probe import EncoderSettings, FeatureStore, open_encoder
+from medbridge.probe.probing import Features
 from medbridge.progress import Reporter
 from medbridge.study.settings import SightSettings
-from medbridge.study.sight import Features
 
 
 def features_of(name: str, sight: SightSettings, model: ModelSettings, cache: Path, reporter: Reporter) -> Features:

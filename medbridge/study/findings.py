@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from medbridge.study.result import Finding, Interval, Sight
+from medbridge.report.view import Estimate
+from medbridge.study.result import Finding, Sight
 
 _LEAST_COVERED = 0.25
 """Share of a stratum's items that the probes must cover for a stratum to be called vision-limited."""
@@ -11,7 +12,7 @@ _LEAST_COVERED = 0.25
 def find(
     verdict: str,
     sight: Sight | None,
-    blank: Interval | None,
+    blank: Estimate | None,
     *,
     threshold: float,
     reason: str,
@@ -50,7 +51,7 @@ def find(
     weak = f"The answers are not within reach ({support})"
     if sight is None or sight.gain is None:
         return Finding("support-limited", f"{weak}. Whether the tower sees them was not probed.", tuple(notes))
-    seen = f"a linear probe of the tower gets {_share(sight.gain)} of what the commonest answer misses"
+    seen = f"a linear probe of the tower gets {sight.gain} of what the commonest answer misses"
     low, high = sight.gain.low, sight.gain.high
     if low is not None and low >= threshold:
         return Finding("support-limited", f"{weak}, although {seen}: the language side lacks them.", tuple(notes))
@@ -60,8 +61,3 @@ def find(
     if not covered:
         notes.append(f"The probes cover {sight.items} of {sight.asked} items.")
     return Finding("undecided", f"{weak}; {seen}, which settles neither side.", tuple(notes))
-
-
-def _share(gain: Interval) -> str:
-    ends = "" if gain.low is None or gain.high is None else f" [{gain.low:.2f}, {gain.high:.2f}]"
-    return f"{gain.value:.2f}{ends}"

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-import medbridge.report
 from medbridge.report.charts import Series, pass_at_k_chart
 from medbridge.report.images import Embedder
+from medbridge.report.page import environment, script_hash
 from medbridge.report.text import clean
+from medbridge.report.view import Estimate
 from medbridge.study.charts import MARKS, bottleneck_map, slopes, spectrum, transfer_map
-from medbridge.study.result import FINDINGS, Cell, Interval, StudyResult
+from medbridge.study.result import FINDINGS, Cell, StudyResult
+
+_TEMPLATES = Path(__file__).parent / "templates"
 
 IMAGE_BYTES = 3_000_000
 """Budget of the embedded images."""
@@ -59,12 +61,8 @@ class _Page:
 
 def render(study: StudyResult, questions: Sequence[Question]) -> str:
     """The page as HTML text."""
-    templates = [Path(__file__).parent / "templates", Path(medbridge.report.__file__).parent / "templates"]
-    environment = Environment(
-        loader=FileSystemLoader(templates), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=_finalize,
-    )  # fmt: skip
-    environment.filters["two"] = lambda value: f"{value:.2f}".replace("-", "\u2212")
+    templates = environment(_TEMPLATES)
+    templates.filters["two"] = lambda value: f"{value:.2f}".replace("-", "\u2212")
     page = _Page(
         map=bottleneck_map(study, lambda model, stratum: _anchor(study, model, stratum)),
         transfer=transfer_map(study) if study.changes else Markup(""),
@@ -74,9 +72,11 @@ def render(study: StudyResult, questions: Sequence[Question]) -> str:
         shown=[row.name for row in study.models],
         items=_data(study, questions),
     )
-    return environment.get_template("study.html.j2").render(
-        study=study, page=page, findings=FINDINGS, marks=MARKS, meanings=MEANINGS
-    )
+    script = (_TEMPLATES / "study.js").read_text(encoding="utf-8").strip()
+    return templates.get_template("study.html.j2").render(
+        study=study, page=page, findings=FINDINGS, marks=MARKS, meanings=MEANINGS, script=script,
+        script_hash=script_hash(script),
+    )  # fmt: skip
 
 
 def _curves(study: StudyResult, stratum: str) -> Markup:
@@ -95,7 +95,7 @@ def _curves(study: StudyResult, stratum: str) -> Markup:
     )  # fmt: skip
 
 
-def _greedy(interval: Interval | None) -> tuple[float, float | None, float | None] | None:
+def _greedy(interval: Estimate | None) -> tuple[float, float | None, float | None] | None:
     return None if interval is None else (interval.value, None, None)
 
 
@@ -129,10 +129,3 @@ def _data(study: StudyResult, questions: Sequence[Question]) -> Markup:
     content = json.dumps({"models": names, "pictures": pictures, "items": items}, ensure_ascii=False)
     safe = content.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     return Markup(safe)
-
-
-def _finalize(value: Any) -> Any:
-    """What a template prints goes through here: None prints nothing, and no text can break the file."""
-    if value is None:
-        return ""
-    return clean(value) if type(value) is str else value

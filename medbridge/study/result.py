@@ -6,18 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from medbridge.report.view import Estimate
+
 FindingKind = Literal["vision-limited", "support-limited", "sampling-limited", "solved", "undecided"]
 
 FINDINGS: tuple[FindingKind, ...] = ("vision-limited", "support-limited", "sampling-limited", "solved", "undecided")
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A number with the two ends of its interval; None where unknown."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +30,7 @@ class Sight:
     questions: int
     accuracy: float
     commonest: float
-    gain: Interval | None
+    gain: Estimate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +60,12 @@ class Cell:
     items: int
     samples: int
     k: int | None
-    support: Interval | None
-    acc_at_1: Interval | None
+    support: Estimate | None
+    acc_at_1: Estimate | None
     ks: tuple[int, ...]
     pass_at_k: tuple[float | None, ...]
     floors: tuple[float | None, ...]
-    blank: Interval | None
+    blank: Estimate | None
     sight: Sight | None
     spectrum: tuple[int, ...]
     finding: Finding
@@ -87,8 +80,8 @@ class ChangeCell:
     stratum: str
     trained: bool
     items: int
-    support: Interval | None
-    acc_at_1: Interval | None
+    support: Estimate | None
+    acc_at_1: Estimate | None
     gained: int
     lost: int
 

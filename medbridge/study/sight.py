@@ -8,7 +8,6 @@ question is what a probe must beat: it needs no image at all.
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medbridge.data import Item
-from medbridge.study.result import Interval, Sight
+from medbridge.probe.probing import Features, fit_linear, unit_features
+from medbridge.report.view import Estimate
+from medbridge.study.result import Sight
 from medbridge.support.intervals import bootstrap_ratio
-
-Features = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Image files to features [images, width]."""
 
 _Key = tuple[str, str, tuple[str, ...] | None]
 """A question: its data set, its words, and its options."""
@@ -75,12 +73,13 @@ def look(
     if not chosen_by:
         held = {question: items[::_HELD_OUT] for question, items in kept.items()}
         chosen_by = [item for items in held.values() for item in items]
-    fitted_on = {
-        question: [item for item in items if not held or item.images not in {h.images for h in held[question]}]
-        for question, items in kept.items()
-    }
-    known = [item for items in fitted_on.values() for item in items]
-    table = _table(features, known, [*(i for items in kept.values() for i in items), *chosen_by, *asked])
+    fitted_on: dict[_Key, list[Item]] = {}
+    for question, own in kept.items():
+        apart = {item.images for item in held.get(question, ())}
+        fitted_on[question] = [item for item in own if item.images not in apart]
+    known = {item.images for items in fitted_on.values() for item in items}
+    units = {item.images for items in (*kept.values(), chosen_by, asked) for item in items}
+    table = unit_features(features, units, known)
     strength = _choose(table, fitted_on, chosen_by)
     answers = {id(entry.item): entry for entry in _answer(table, kept, asked, strength)}
     found = {}
@@ -103,21 +102,6 @@ def _by_question(items: Sequence[Item]) -> dict[_Key, list[Item]]:
     return groups
 
 
-def _table(
-    features: Features, known: Sequence[Item], items: Sequence[Item]
-) -> dict[tuple[str, ...], NDArray[np.float64]]:
-    """Features of each item's images, standardised by those of the items that are `known`."""
-    files = sorted({image for item in items for image in item.images})
-    rows = dict(zip(files, features(files).astype(np.float64), strict=True))
-    sets = sorted({item.images for item in items})
-    matrix = np.stack([np.mean([rows[image] for image in images], axis=0) for images in sets])
-    trained = {item.images for item in known}
-    rows_known = matrix[[images in trained for images in sets]]
-    spread = rows_known.std(axis=0)
-    matrix = (matrix - rows_known.mean(axis=0)) / np.where(spread > 1e-9, spread, 1.0)
-    return dict(zip(sets, matrix, strict=True))
-
-
 def _choose(
     table: Mapping[tuple[str, ...], NDArray[np.float64]],
     fitted_on: Mapping[_Key, Sequence[Item]],
@@ -134,9 +118,6 @@ def _answer(
     asked: Sequence[Item],
     strength: float,
 ) -> list[_Answered]:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     found = []
     for question, items in _by_question(asked).items():
         known = fitted_on.get(question, ())
@@ -147,10 +128,7 @@ def _answer(
         if len(set(answers)) == 1:
             predicted = [common] * len(items)
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                probe = LogisticRegression(C=strength, max_iter=300)
-                probe.fit(np.stack([table[item.images] for item in known]), answers)
+            probe = fit_linear(np.stack([table[item.images] for item in known]), answers, strength)
             predicted = list(probe.predict(np.stack([table[item.images] for item in items])))
         found += [
             _Answered(item, guess == _normal(item.answer), common == _normal(item.answer))
@@ -176,7 +154,7 @@ def _sight(
             top, bottom, bounds=(missed - 1.0, missed), clusters=[cluster(entry.item) for entry in entries],
             alpha=alpha, replicates=replicates, seed=seed,
         )  # fmt: skip
-        gain = Interval(float(ends.value[0]), float(ends.low[0]), float(ends.high[0]))
+        gain = Estimate(float(ends.value[0]), float(ends.low[0]), float(ends.high[0]))
     return Sight(
         items=len(entries), asked=asked, questions=len({_question(entry.item) for entry in entries}),
         accuracy=float(right.mean()), commonest=float(common.mean()), gain=gain,

@@ -8,13 +8,13 @@ single strata and models that were there already behind it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medbridge.data import Item
 from medbridge.errors import MedbridgeError
+from medbridge.files import replace_text
 from medbridge.ledger import Stage
 from medbridge.measurement import cluster_of, compare_stages
 from medbridge.pipeline import Run
@@ -24,7 +24,7 @@ from medbridge.report.view import Estimate, Measurement
 from medbridge.study.encoders import features_of
 from medbridge.study.findings import find
 from medbridge.study.page import Question, render
-from medbridge.study.result import Cell, ChangeCell, Interval, ModelRow, Sight, StudyResult
+from medbridge.study.result import Cell, ChangeCell, ModelRow, Sight, StudyResult
 from medbridge.study.settings import StudyConfig
 from medbridge.study.sight import look
 
@@ -59,8 +59,8 @@ def run_study(config: StudyConfig, folder: Path, *, base_dir: Path, cache_dir: P
         page = render(result, study.questions(rows))
     finally:
         study.close()
-    _write(folder / RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
-    _write(folder / PAGE, page)
+    replace_text(folder / RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
+    replace_text(folder / PAGE, page)
     return result
 
 
@@ -178,14 +178,14 @@ class Study(Run):
     ) -> Cell:
         blank = next((check.visual for check in found.checks if check.name == "blank"), None)
         finding = find(
-            found.kind, sight, _interval(blank), threshold=self._seen_from, reason=found.reason,
-            support=f"support {_words(found.support)}", accuracy=f"Acc@1 {_words(found.acc_at_1)}",
+            found.kind, sight, blank, threshold=self._seen_from, reason=found.reason,
+            support=f"support {found.support or 'unknown'}", accuracy=f"Acc@1 {found.acc_at_1 or 'unknown'}",
         )  # fmt: skip
         return Cell(
             model=row.name, stratum=stratum, verdict=found.kind, reason=found.reason, items=found.items,
-            samples=found.n_min, k=found.k, support=_interval(found.support), acc_at_1=_interval(found.acc_at_1),
+            samples=found.n_min, k=found.k, support=found.support, acc_at_1=found.acc_at_1,
             ks=tuple(found.ks), pass_at_k=tuple(found.pass_at_k.value), floors=tuple(found.floor),
-            blank=_interval(blank), sight=sight, spectrum=spectrum, finding=finding,
+            blank=blank, sight=sight, spectrum=spectrum, finding=finding,
         )  # fmt: skip
 
     @property
@@ -264,24 +264,7 @@ class Study(Run):
         ]
 
 
-def _interval(estimate: Estimate | None) -> Interval | None:
-    return None if estimate is None else Interval(estimate.value, estimate.low, estimate.high)
-
-
-def _stored(record: Mapping[str, Any] | None) -> Interval | None:
+def _stored(record: Mapping[str, Any] | None) -> Estimate | None:
     if record is None or record["value"] is None:
         return None
-    return Interval(record["value"], record["low"], record["high"])
-
-
-def _words(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "unknown"
-    ends = "" if estimate.low is None or estimate.high is None else f" [{estimate.low:.2f}, {estimate.high:.2f}]"
-    return f"{estimate.value:.2f}{ends}"
-
-
-def _write(path: Path, content: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(content, encoding="utf-8")
-    os.replace(part, path)
+    return Estimate(record["value"], record["low"], record["high"])

@@ -17,16 +17,6 @@ from medbridge.data.importers.brain import brain_folder
 
 
 @pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder with SLAKE and MedMNIST; the test is skipped where it is absent."""
-    named = os.environ.get("MEDBRIDGE_TEST_DATA")
-    folder = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder} (set MEDBRIDGE_TEST_DATA)")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def brain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded brain slices, built once for all tests, also of parallel test processes."""
     base = tmp_path_factory.getbasetemp()

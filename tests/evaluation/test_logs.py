@@ -147,7 +147,7 @@ def test_a_greedy_completion_and_questions_on_one_image(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ("{", "Expecting"),
-        ("[1]", "an object is needed, not a list"),
+        ("[1]", "a JSON object is needed, this line holds a list"),
         (json.dumps({**DOC}), "no completions under any of"),
         (json.dumps({"outputs": ["A"], "answer": "A"}), "no question under any of"),
         (json.dumps({**DOC, "answer": "Brain", "outputs": ["A"]}), "no right answer"),

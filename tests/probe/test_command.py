@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,12 +54,9 @@ def test_a_tiny_model(
 
 
 @pytest.mark.slow
-def test_efficientnet_on_slake(tmp_path: Path) -> None:
+def test_efficientnet_on_slake(real_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    named = os.environ.get("MEDBRIDGE_TEST_DATA")
-    folder = (Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data") / "slake"
-    if not folder.is_dir():
-        pytest.skip(f"no SLAKE at {folder} (set MEDBRIDGE_TEST_DATA)")
+    folder = real_data / "slake"
     data = DataSettings(sources=[SourceSettings(kind="slake", path=str(folder))], on_bad="skip")
     items = open_items(data, base_dir=folder, cache_dir=tmp_path).items
     encoder, store = open_encoder(LITE0, EncoderSettings(), ModelSettings(device="cpu")), FeatureStore(tmp_path)

@@ -170,7 +170,7 @@ def test_the_file_is_replaced_in_one_step(finished_run: Path, tmp_path: Path, mo
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(MedbridgeError, match="no space left"):
         write_report(finished_run, out)
     assert out.read_bytes() == before
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]

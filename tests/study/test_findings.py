@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from medbridge.report.view import Estimate
 from medbridge.study.findings import find
-from medbridge.study.result import Finding, Interval, Sight
+from medbridge.study.result import Finding, Sight
 
 
 def sight(value: float, low: float, high: float, items: int = 50, asked: int = 60) -> Sight:
-    return Sight(items, asked, 3, 0.7, 0.6, Interval(value, low, high))
+    return Sight(items, asked, 3, 0.7, 0.6, Estimate(value, low, high))
 
 
-def found(verdict: str, seen: Sight | None = None, blank: Interval | None = None) -> Finding:
+def found(verdict: str, seen: Sight | None = None, blank: Estimate | None = None) -> Finding:
     return find(
         verdict, seen, blank, threshold=0.2, reason="the gate's reason", support="support 0.1", accuracy="Acc@1 0.2"
     )
@@ -45,6 +46,6 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_support_that_grey_images_give_too() -> None:
-    assert found("done", blank=Interval(0.0, -0.1, 0.1)).notes
-    assert not found("done", blank=Interval(0.3, 0.1, 0.5)).notes
-    assert not found("bridge", blank=Interval(0.0, -0.1, 0.1)).notes
+    assert found("done", blank=Estimate(0.0, -0.1, 0.1)).notes
+    assert not found("done", blank=Estimate(0.3, 0.1, 0.5)).notes
+    assert not found("bridge", blank=Estimate(0.0, -0.1, 0.1)).notes

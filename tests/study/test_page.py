@@ -11,20 +11,21 @@ import pytest
 from pages import CONTRAST, overflow
 from PIL import Image
 
+from medbridge.report.view import Estimate
 from medbridge.study.findings import find
 from medbridge.study.page import Question, render
-from medbridge.study.result import Cell, ChangeCell, Interval, ModelRow, Sight, StudyResult
+from medbridge.study.result import Cell, ChangeCell, ModelRow, Sight, StudyResult
 
 NAMES = ("base", "after SFT", "after RL")
 STRATA = ("CT / CLOSED", "<b>X-Ray</b> & more")
 
 
 def cell(model: str, stratum: str, verdict: str) -> Cell:
-    sight = Sight(40, 50, 2, 0.8, 0.6, Interval(0.5, 0.3, 0.7))
-    support = Interval(0.4, 0.3, 0.5)
+    sight = Sight(40, 50, 2, 0.8, 0.6, Estimate(0.5, 0.3, 0.7))
+    support = Estimate(0.4, 0.3, 0.5)
     return Cell(
-        model, stratum, verdict, "because", 50, 8, 4, support, Interval(0.3, 0.2, 0.4), (1, 2, 4, 8),
-        (0.3, 0.4, 0.5, 0.6), (0.25, 0.4, 0.5, 0.55), Interval(0.1, -0.1, 0.3), sight, (9, *[2] * 9, 23),
+        model, stratum, verdict, "because", 50, 8, 4, support, Estimate(0.3, 0.2, 0.4), (1, 2, 4, 8),
+        (0.3, 0.4, 0.5, 0.6), (0.25, 0.4, 0.5, 0.55), Estimate(0.1, -0.1, 0.3), sight, (9, *[2] * 9, 23),
         find(verdict, sight, None, threshold=0.2, reason="the gate's reason", support="0.4", accuracy="0.3"),
     )  # fmt: skip
 
@@ -33,7 +34,7 @@ def study() -> StudyResult:
     verdicts = ("bridge", "sharpen", "done")
     models = (ModelRow("base", "a"), ModelRow("after SFT", "b", "base", STRATA), ModelRow("after RL", "c", "after SFT"))
     changes = [
-        ChangeCell(name, "base", stratum, True, 50, Interval(change, change - 0.1, change + 0.1), None, 4, 1)
+        ChangeCell(name, "base", stratum, True, 50, Estimate(change, change - 0.1, change + 0.1), None, 4, 1)
         for name, change in (("after SFT", 0.3), ("after RL", -0.2))
         for stratum in STRATA
     ]

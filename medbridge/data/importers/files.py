@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from medbridge.data.images import ImageCheck, check_image, resolve_image
-from medbridge.data.importers.jsonl import SPLIT_NAMES, _plain
+from medbridge.data.importers.jsonl import SPLIT_NAMES
+from medbridge.data.importers.lines import plain_text
 from medbridge.data.importers.rows import read_rows
 from medbridge.data.items import MAX_OPTIONS, Item, Skip
 from medbridge.errors import MedbridgeError
@@ -200,15 +201,15 @@ def _by_table(root: Path, table: str, skipped: list[Skip]) -> list[Labelled]:
         try:
             if isinstance(row, MedbridgeError):
                 raise row
-            name, label = _plain(row.get("file")), _plain(row.get("label"))
+            name, label = plain_text(row.get("file")), plain_text(row.get("label"))
             if not name or not label:
                 raise MedbridgeError("the columns 'file' and 'label' must both hold a text.")
-            given = _plain(row.get("split"))
+            given = plain_text(row.get("split"))
             split = SPLIT_NAMES.get(given.lower()) if given else None
             if given and split is None:
                 raise MedbridgeError(f"'split' is {given!r}; the splits are train, validation and test.")
             _check_place(root, name)
-            found.append((name, label, split, _plain(row.get("group")) or None))
+            found.append((name, label, split, plain_text(row.get("group")) or None))
         except MedbridgeError as error:
             skipped.append(Skip(str(path), number, None, str(error)))
     return found

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from medbridge.data.images import ImageCheck, check_image, resolve_image
+from medbridge.data.importers.lines import numbered_lines, parse_row, plain_text, shown
 from medbridge.data.items import SPLITS, Item, Skip
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
-
-MAX_LINE_BYTES = 16 * 2**20
-"""Longest line that is read: a line break missing from a large file must not fill the memory."""
 
 MAX_TAG_LENGTH = 64
 """Longest text under an unknown key that is taken for a tag; longer ones are prose."""
@@ -70,10 +68,10 @@ def read_jsonl(
     `image_root`. Raises MedbridgeError only if the file itself can't be read.
     """
     seen: set[str] = set()  # images already checked
-    for number, raw in _lines(file):
+    for number, raw in numbered_lines(file):
         item_id = None
         try:
-            row = _parse(raw)
+            row = parse_row(raw)
             if override:
                 row["split"] = split
             item_id = _row_id(row, split)
@@ -138,65 +136,16 @@ def item_to_row(item: Item, index: str, image_names: Sequence[str]) -> dict[str,
     return row
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, numbered from 1."""
-    try:
-        with file.open("rb") as stream:
-            number = 0
-            while raw := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(raw) > MAX_LINE_BYTES:
-                    raise MedbridgeError(
-                        f"{file}:{number}: a line of more than {MAX_LINE_BYTES} bytes. "
-                        "Write one JSON object a line, images as file names."
-                    )
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if raw.strip():
-                    yield number, raw
-    except OSError as error:
-        raise MedbridgeError(f"{file}: can't be read ({error.strerror or error}).") from error
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise MedbridgeError(f"not UTF-8 text (byte {error.start + 1}); save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise MedbridgeError(f"not valid JSON ({error.msg} at column {error.colno}).") from error
-    except (ValueError, RecursionError) as error:
-        raise MedbridgeError(f"not valid JSON ({error}).") from error
-    if not isinstance(row, dict):
-        raise MedbridgeError(f"a JSON object is needed, this line holds a {type(row).__name__}.")
-    return row
-
-
 def _text(row: dict[str, Any], key: str) -> str:
     """A text or number under `key`, without surrounding space."""
     if key not in row:
         raise MedbridgeError(f"the key {key!r} is missing (keys here: {', '.join(map(repr, row)) or 'none'}).")
-    text = _plain(row[key])
+    text = plain_text(row[key])
     if text is None:
-        raise MedbridgeError(f"{key!r} must be a text, not {_shown(row[key])}.")
+        raise MedbridgeError(f"{key!r} must be a text, not {shown(row[key])}.")
     if not text:
         raise MedbridgeError(f"{key!r} is empty.")
     return text
-
-
-def _plain(value: Any) -> str | None:
-    """A JSON text or number as stripped text; None for anything else."""
-    if isinstance(value, str):
-        # A lone surrogate can be neither shown nor stored.
-        return value.encode("utf-8", "replace").decode("utf-8").strip()
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _split(row: dict[str, Any], default: str | None) -> str:
@@ -207,7 +156,7 @@ def _split(row: dict[str, Any], default: str | None) -> str:
         raise MedbridgeError("the row names no split; add the key 'split' to it or set `split` for the source.")
     found = SPLIT_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
     if found is None:
-        raise MedbridgeError(f"'split' is {_shown(name)}; the splits are {', '.join(SPLITS)}.")
+        raise MedbridgeError(f"'split' is {shown(name)}; the splits are {', '.join(SPLITS)}.")
     return found
 
 
@@ -221,7 +170,7 @@ def _image_names(row: dict[str, Any]) -> list[str]:
         raise MedbridgeError(f"the key {_IMAGE_KEYS[0]!r} is missing: a question needs its images' file names.")
     names = [row[key]] if isinstance(row[key], str) else row[key]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise MedbridgeError(f"{key!r} must be a list of one or more file names, not {_shown(row[key])}.")
+        raise MedbridgeError(f"{key!r} must be a list of one or more file names, not {shown(row[key])}.")
     return names
 
 
@@ -234,19 +183,19 @@ def _options(row: dict[str, Any]) -> tuple[tuple[str, ...] | None, tuple[str, ..
         return None, ()
     if isinstance(value, dict):
         # Some published rows fill unused letters with null.
-        pairs = [(_plain(label) or "", text) for label, text in value.items() if text is not None]
+        pairs = [(plain_text(label) or "", text) for label, text in value.items() if text is not None]
     elif isinstance(value, list):
         pairs = list(zip(LETTERS, value, strict=False))
         if len(value) > len(LETTERS):
             raise MedbridgeError(f"{len(value)} options; a choice has at most {len(LETTERS)}.")
     else:
-        raise MedbridgeError(f"'options' must be an object, a list or null, not {_shown(value)}.")
+        raise MedbridgeError(f"'options' must be an object, a list or null, not {shown(value)}.")
     if not pairs:
         raise MedbridgeError("'options' is empty; leave it out (or null) for an open question.")
-    texts = [_plain(text) for _, text in pairs]
+    texts = [plain_text(text) for _, text in pairs]
     for (label, given), text in zip(pairs, texts, strict=True):
         if not text:
-            raise MedbridgeError(f"option {label!r} is {_shown(given)}, which is no text.")
+            raise MedbridgeError(f"option {label!r} is {shown(given)}, which is no text.")
     return tuple(text for text in texts if text), tuple(label for label, _ in pairs)
 
 
@@ -258,15 +207,15 @@ def _options_in_text(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise MedbridgeError(f"'options' is a text that is neither JSON nor lettered lines: {_shown(text)}.") from error
+        raise MedbridgeError(f"'options' is a text that is neither JSON nor lettered lines: {shown(text)}.") from error
 
 
 def _answer(row: dict[str, Any], options: tuple[str, ...] | None, labels: tuple[str, ...]) -> str:
     """The answer's text. Label and text must agree where both are there."""
     if options is None:
         return _text(row, "answer")
-    label = _plain(row.get("answer_label"))
-    text = _plain(row.get("answer"))
+    label = plain_text(row.get("answer_label"))
+    text = plain_text(row.get("answer"))
     if not label and not text:
         raise MedbridgeError("there is neither 'answer_label' nor 'answer'.")
     by_label = None
@@ -285,7 +234,7 @@ def _answer(row: dict[str, Any], options: tuple[str, ...] | None, labels: tuple[
         # Some data sets repeat the label as the answer.
         by_text = options[labels.index(text)]
     if by_text is None:
-        raise MedbridgeError(f"the answer {_shown(text)} is not among the options {_shown(list(options))}.")
+        raise MedbridgeError(f"the answer {shown(text)} is not among the options {shown(list(options))}.")
     if by_label is not None and by_label != by_text:
         raise MedbridgeError(f"label and answer disagree: {label!r} is {by_label!r}, but the answer is {text!r}.")
     return by_text
@@ -297,13 +246,13 @@ def _tags(row: dict[str, Any]) -> dict[str, str]:
     given = row.get("tags")
     if given is not None:
         if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
-            raise MedbridgeError(f"'tags' must be an object of texts, not {_shown(given)}.")
-        tags.update({_plain(key) or "": _plain(value) or "" for key, value in given.items()})
+            raise MedbridgeError(f"'tags' must be an object of texts, not {shown(given)}.")
+        tags.update({plain_text(key) or "": plain_text(value) or "" for key, value in given.items()})
     for key, value in row.items():
         if key not in _KNOWN and isinstance(value, str):
-            text = _plain(value)
+            text = plain_text(value)
             if text and len(text) <= MAX_TAG_LENGTH and "\n" not in text:
-                tags.setdefault(_plain(key) or "", text)
+                tags.setdefault(plain_text(key) or "", text)
     return tags
 
 
@@ -312,7 +261,7 @@ def _floor(row: dict[str, Any], options: tuple[str, ...] | None) -> float:
     if value is None:
         return 0.0 if options is None else 1 / len(options)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise MedbridgeError(f"'floor' must be a number from 0 to below 1, not {_shown(value)}.")
+        raise MedbridgeError(f"'floor' must be a number from 0 to below 1, not {shown(value)}.")
     return float(value)
 
 
@@ -323,8 +272,8 @@ def _trace(row: dict[str, Any]) -> str | None:
         if value is None:
             continue
         if not isinstance(value, str):
-            raise MedbridgeError(f"{key!r} must be a text, not {_shown(value)}.")
-        text = (_plain(value) or "").removeprefix("<think>").removesuffix("</think>").strip()
+            raise MedbridgeError(f"{key!r} must be a text, not {shown(value)}.")
+        text = (plain_text(value) or "").removeprefix("<think>").removesuffix("</think>").strip()
         if text:
             return text
     return None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from medbridge.errors import MedbridgeError
+from medbridge.files import replace_file
 
 
 def pixel_hash(pixels: np.ndarray) -> str:
@@ -22,15 +20,9 @@ def keep_png(pixels: np.ndarray, folder: Path) -> str:
     """Write the image below `folder` unless it is there; its path. Raises MedbridgeError if that can't be done."""
     digest = pixel_hash(pixels)
     path = folder / digest[:2] / f"{digest}.png"
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, fresh = tempfile.mkstemp(dir=path.parent)
-            with os.fdopen(handle, "wb") as stream:
-                Image.fromarray(pixels).save(stream, format="PNG", compress_level=1)
-            os.replace(fresh, path)
-    except OSError as error:
-        raise MedbridgeError(f"{path}: cannot be written ({error}).") from error
+    if not path.is_file():
+        picture = Image.fromarray(pixels)
+        replace_file(path, lambda stream: picture.save(stream, format="PNG", compress_level=1))
     return str(path)
 
 

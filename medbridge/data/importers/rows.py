@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medbridge.data.importers.jsonl import MAX_LINE_BYTES, _lines, _parse
+from medbridge.data.importers.lines import MAX_LINE_BYTES, numbered_lines, parse_row
 from medbridge.errors import MedbridgeError
 
 Row = dict[str, Any]
@@ -38,9 +38,9 @@ def read_rows(file: Path) -> Iterator[tuple[int, Row | MedbridgeError]]:
     elif suffix in (".csv", ".tsv"):
         yield from _csv(file, "\t" if suffix == ".tsv" else ",")
     else:
-        for number, raw in _lines(file):
+        for number, raw in numbered_lines(file):
             try:
-                yield number, _parse(raw)
+                yield number, parse_row(raw)
             except MedbridgeError as error:
                 yield number, error
 

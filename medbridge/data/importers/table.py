@@ -11,21 +11,21 @@ import binascii
 import contextlib
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from medbridge.data.images import MAX_PIXELS, ImageCheck
-from medbridge.data.importers.jsonl import SPLIT_NAMES, _plain, _shown, row_to_item
+from medbridge.data.importers.jsonl import SPLIT_NAMES, row_to_item
+from medbridge.data.importers.lines import plain_text, shown
 from medbridge.data.importers.mapping import TableMapping
 from medbridge.data.importers.rows import SUFFIXES, Row, read_hub, read_rows, read_saved
 from medbridge.data.items import Item, Skip
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
+from medbridge.files import replace_file
 
 MAX_IMAGE_BYTES = 3 * MAX_PIXELS
 """Most bytes of one embedded image: no image that is read is larger as a file without compression."""
@@ -122,14 +122,14 @@ def _row(mapping: TableMapping, row: Row, given: str | None, number: int, cache:
     """The row in the form of JSON lines, and whether its images are files of the cache."""
     dataset = mapping.dataset
     if mapping.dataset_column:
-        dataset = _plain(_cell(row, mapping.dataset_column)) or ""
+        dataset = plain_text(_cell(row, mapping.dataset_column)) or ""
         dataset = mapping.dataset_names.get(dataset, dataset)
     known: Row = {
         "dataset_name": dataset,
         "dataset_index": number if mapping.id is None else _cell(row, mapping.id),
         "question": _cell(row, mapping.question),
         "split": _split(mapping, row, given),
-        "tags": {tag: text for tag, column in mapping.tags.items() if (text := _plain(row.get(column)))},
+        "tags": {tag: text for tag, column in mapping.tags.items() if (text := plain_text(row.get(column)))},
         "floor": mapping.floor,
     }
     known["image_paths"], embedded = _images(mapping, row, cache)
@@ -137,7 +137,7 @@ def _row(mapping: TableMapping, row: Row, given: str | None, number: int, cache:
     known["options"] = options
     if mapping.answer:
         known["answer"] = _unprefixed(_cell(row, mapping.answer), options)
-        word = (_plain(known["answer"]) or "").rstrip(".").casefold()
+        word = (plain_text(known["answer"]) or "").rstrip(".").casefold()
         if mapping.yes_no and options is None and word in _YES_NO:
             known |= {"options": ["Yes", "No"], "answer": _YES_NO[word], "floor": None}
     if mapping.answer_label:
@@ -158,7 +158,7 @@ def _cell(row: Row, column: str) -> Any:
 def _split(mapping: TableMapping, row: Row, given: str | None) -> str | None:
     if mapping.split is None:
         return given or mapping.split_default
-    value = _plain(_cell(row, mapping.split)) or ""
+    value = plain_text(_cell(row, mapping.split)) or ""
     return mapping.split_names.get(value) or _split_of(value) or mapping.split_default or given or value
 
 
@@ -166,7 +166,7 @@ def _options(mapping: TableMapping, row: Row) -> Any:
     if mapping.options is None:
         return None
     if isinstance(mapping.options, list):
-        cells = [_plain(_cell(row, column)) for column in mapping.options]
+        cells = [plain_text(_cell(row, column)) for column in mapping.options]
         return [_unlettered(cell, letter) for cell, letter in zip(cells, LETTERS, strict=False) if cell] or None
     value = _cell(row, mapping.options)
     if isinstance(value, str) and not value.strip():
@@ -176,7 +176,7 @@ def _options(mapping: TableMapping, row: Row) -> Any:
     if isinstance(value, list):
         if not value:
             return None
-        texts = [_plain(text) for text in value]
+        texts = [plain_text(text) for text in value]
         if texts and all(text and _lettered_as(text, letter) for text, letter in zip(texts, LETTERS, strict=False)):
             return [_unlettered(text or "", letter) for text, letter in zip(texts, LETTERS, strict=False)]
     return value
@@ -191,7 +191,7 @@ def _structure(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise MedbridgeError(f"the options {_shown(text)} are no valid list or object.") from error
+        raise MedbridgeError(f"the options {shown(text)} are no valid list or object.") from error
 
 
 def _lettered_as(text: str, letter: str) -> bool:
@@ -206,7 +206,7 @@ def _unlettered(text: str, letter: str) -> str:
 
 def _unprefixed(answer: Any, options: Any) -> Any:
     """An answer that repeats its letter (`B: Edema`), unless an option reads so."""
-    text = _plain(answer)
+    text = plain_text(answer)
     if text is None or not isinstance(options, list) or text in options:
         return answer
     bare = _PREFIX.sub("", text, count=1)
@@ -215,10 +215,10 @@ def _unprefixed(answer: Any, options: Any) -> Any:
 
 def _letter(value: Any, options: Any) -> str:
     count = len(options) if isinstance(options, list | dict) else 0
-    text = _plain(value) or ""
+    text = plain_text(value) or ""
     # The length bound also keeps a number of thousands of digits from being read at all.
     if not re.fullmatch(r"[0-9]{1,3}(\.0)?", text) or int(float(text)) >= count:
-        raise MedbridgeError(f"the answer's number {_shown(value)} is none of 0 to {count - 1}.")
+        raise MedbridgeError(f"the answer's number {shown(value)} is none of 0 to {count - 1}.")
     position = int(float(text))
     return str(list(options)[position]) if isinstance(options, dict) else LETTERS[position]
 
@@ -249,14 +249,14 @@ def _one_image(value: Any, mapping: TableMapping, cache: Path) -> tuple[str, boo
     if isinstance(value, bytes):
         return _kept(value, cache), True
     if not isinstance(value, str):
-        raise MedbridgeError(f"the image {_shown(value)} is neither a path nor bytes.")
+        raise MedbridgeError(f"the image {shown(value)} is neither a path nor bytes.")
     if value.startswith("data:") or len(value) > 1024:
         try:
             return _kept(base64.b64decode(value.rpartition(",")[2], validate=True), cache), True
         except (binascii.Error, ValueError) as error:
-            raise MedbridgeError(f"the image {_shown(value)} is no valid base64 ({error}).") from error
+            raise MedbridgeError(f"the image {shown(value)} is no valid base64 ({error}).") from error
     if any(len(part) > 255 for part in re.split(r"[/\\]", value)):
-        raise MedbridgeError(f"the image path {_shown(value)} is longer than any file's name.")
+        raise MedbridgeError(f"the image path {shown(value)} is longer than any file's name.")
     absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
     return value if absolute else mapping.image_prefix + value, False
 
@@ -268,13 +268,6 @@ def _kept(content: bytes, cache: Path) -> str:
     digest = hashlib.sha256(content).hexdigest()
     name = f"{digest[:2]}/{digest[:32]}"
     path = cache / name
-    try:
-        if not path.is_file() or path.stat().st_size != len(content):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, fresh = tempfile.mkstemp(dir=path.parent)
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-            os.replace(fresh, path)
-    except OSError as error:
-        raise MedbridgeError(f"{path}: cannot be written ({error}).") from error
+    if not path.is_file() or path.stat().st_size != len(content):
+        replace_file(path, lambda stream: stream.write(content))
     return name

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medbridge.data import Item, Skip
-from medbridge.data.importers.jsonl import MAX_LINE_BYTES, item_to_row, read_jsonl, row_to_item
+from medbridge.data.importers.jsonl import item_to_row, read_jsonl, row_to_item
+from medbridge.data.importers.lines import MAX_LINE_BYTES
 from medbridge.errors import MedbridgeError
 
 MakeRow = Callable[..., dict[str, Any]]
