@@ -8,13 +8,14 @@ takes time linear in the completion's length whatever a model writes.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from medbridge.data.items import Item, Permutation
+from medbridge.data.open_answers import equal_quantities, is_quantity, token_f1
 from medbridge.data.prompts import LETTERS, PromptSettings, check_permutation
+from medbridge.data.text import normalise
 from medbridge.errors import MedbridgeError
 
 Status = Literal["correct", "wrong", "abstain"]
@@ -52,6 +53,9 @@ class Reading:
 def grade(item: Item, permutation: Permutation, completion: str, settings: PromptSettings) -> Outcome:
     """Read `completion`, which answered `item` with its options in the order `permutation`, and compare.
 
+    An open answer is right if it equals the right one after `normalise`, or is the same quantity, or shares enough
+    words with it, as far as the settings allow that.
+
     Raises MedbridgeError if `permutation` does not order the item's options.
     """
     check_permutation(item, permutation)
@@ -66,7 +70,7 @@ def grade(item: Item, permutation: Permutation, completion: str, settings: Promp
     span = (found.start, found.end)
     text = completion[found.start : found.end]
     if found.position is None:
-        right = _match(text, [item.answer]) is not None
+        right = _same(text, item.answer, settings)
         return Outcome("correct" if right else "wrong", None, text, span, formed)
     option = permutation[found.position]
     return Outcome("correct" if option == item.answer_index else "wrong", option, text, span, formed)
@@ -117,25 +121,6 @@ def read_yes_no(text: str) -> Literal["yes", "no"] | None:
     if found is None:
         return None
     return "yes" if _fold(text[found.start : found.end]) == "yes" else "no"
-
-
-def normalise(text: str) -> str:
-    """The form in which texts are compared: Unicode NFKC, case folded, punctuation and extra space dropped.
-
-    A sign, a decimal point and a per cent mark are kept where they belong to a number: -1.5 is not 15.
-    """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    folded = folded.translate(_DASHES)
-    kept = []
-    for index, character in enumerate(folded):
-        kind = unicodedata.category(character)
-        if kind == "Cf":
-            continue
-        if kind[0] == "P" and not _belongs_to_number(folded, index):
-            kept.append(" ")
-        else:
-            kept.append(character)
-    return " ".join("".join(kept).split())
 
 
 def is_well_formed(completion: str) -> bool:
@@ -344,6 +329,16 @@ def _option_text(part: _Part, shown: Sequence[str]) -> Reading | None:
     return _bare_yes_no(part, shown) if part.tagged else None
 
 
+def _same(text: str, right: str, settings: PromptSettings) -> bool:
+    """Whether an open answer means the right one."""
+    if _match(text, [right]) is not None:
+        return True
+    if is_quantity(right):
+        return settings.number_tolerance is not None and equal_quantities(text, right, settings.number_tolerance)
+    wanted = settings.f1_from
+    return wanted is not None and _fold(right) not in _YES_NO and token_f1(text, right) >= wanted
+
+
 def _match(part: str, shown: Sequence[str]) -> int | None:
     """Position of the option that equals `part`: exactly, or else as the only one after normalisation."""
     part = part.strip()
@@ -355,17 +350,3 @@ def _match(part: str, shown: Sequence[str]) -> int | None:
     wanted = normalise(part)
     alike = [position for position, option in enumerate(shown) if wanted and normalise(option) == wanted]
     return alike[0] if len(alike) == 1 else None
-
-
-_DASHES = {ord(dash): "-" for dash in "\u2010\u2011\u2012\u2013\u2014\u2212"}
-
-
-def _belongs_to_number(text: str, index: int) -> bool:
-    character = text[index]
-    before = text[index - 1] if index else " "
-    after = text[index + 1] if index + 1 < len(text) else " "
-    if character == ".":
-        return after.isdigit() and not before.isalpha()
-    if character == "%":
-        return before.isdigit()
-    return character == "-" and after.isdigit() and not before.isalnum()

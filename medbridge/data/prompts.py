@@ -32,6 +32,21 @@ class PromptSettings(BaseModel):
         DEFAULT_SYSTEM,
         description="System message. An empty text sends none, which keeps prompts short for a tiny model.",
     )
+    number_tolerance: float | None = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="An open question whose right answer is a number, with a unit or without, takes any number within "
+        "this relative tolerance, in any unit of the same kind: `5 cm` for `50 mm`, `two` for `2`. "
+        "None: numbers are words like others.",
+    )
+    f1_from: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="An open answer is also right where the F1 of its words and those of the right answer is at least "
+        "this. None: all words must agree.",
+    )
 
 
 def permutation(item: Item, seed: int, sample: int) -> Permutation:

@@ -12,9 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from medbridge.data.answers import Outcome, Reading, normalise, read_open
+from medbridge.data.answers import Outcome, Reading, read_open
 from medbridge.data.items import Item, Permutation
+from medbridge.data.open_answers import is_quantity, same_quantity
 from medbridge.data.prompts import LETTERS, PromptSettings, check_permutation
+from medbridge.data.text import normalise
 
 ReadingName = Literal["strict", "standard", "lenient"]
 
@@ -44,8 +46,9 @@ def regrade(
       mention that is denied ("no effusion", "B is wrong") or asked ("effusion?") doesn't count, nor does a bare
       capital in running text.
     - lenient, an open answer: correct also where the right answer's words stand, whole and in order, in the answer that
-      was read, or where nothing was read in the answer tag, or else in the last sentence that concludes, or else in the
-      last sentence. Nothing becomes wrong by it, but for yes and no, which can be read either way.
+      was read (a quantity: where it is the one number there), or where nothing was read in the answer tag, or else in
+      the last sentence that concludes, or else in the last sentence. Nothing becomes wrong by it, but for yes and no,
+      which can be read either way.
 
     Raises MedbridgeError if `permutation` does not order the item's options. Takes time linear in the text's length.
     """
@@ -66,7 +69,7 @@ def regrade(
         span = _open_yes_no(text) if outcome.status == "abstain" else None
         right = span is not None and _fold(text[slice(*span)]) == _fold(item.answer)
     else:
-        span, right = _open(item, text, outcome), True
+        span, right = _open(item, text, outcome, settings), True
     if span is None:
         return outcome
     return Outcome("correct" if right else "wrong", option, text[slice(*span)], span, outcome.well_formed)
@@ -106,9 +109,14 @@ def _settled(named: _Named, shown: Sequence[str], style: Literal["letter", "text
     return alone(0, 1, 1) or _only_one(named.mentions)
 
 
-def _open(item: Item, text: str, outcome: Outcome) -> Span | None:
+def _open(item: Item, text: str, outcome: Outcome, settings: PromptSettings) -> Span | None:
     """Where an open answer is right by the lenient reading; `outcome` is not."""
     if outcome.span is not None:
+        if settings.number_tolerance is not None and is_quantity(item.answer):
+            said = text[slice(*outcome.span)]
+            denied = not _DENIED_BEFORE.isdisjoint(normalise(said).split())
+            right = same_quantity(said, item.answer, settings.number_tolerance) and not denied
+            return outcome.span if right else None
         named = _Named(_only(text, [outcome.span]), [item.answer], lettered=False)
         return _span_of_last(named.mentions)
     part = next((part for spans in _areas(text).values() if (part := _only(text, spans)).strip()), "")

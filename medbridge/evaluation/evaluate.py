@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from medbridge.data import Item, PromptSettings, Skip, grade
-from medbridge.data.answers import Outcome, normalise
+from medbridge.data.answers import Outcome
+from medbridge.data.open_answers import same_quantity, token_f1
 from medbridge.data.readings import READINGS, ReadingName, regrade
+from medbridge.data.text import normalise
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation.logs import Logged
-from medbridge.evaluation.open_answers import same_quantity, token_f1
 from medbridge.measurement.counting import count
 from medbridge.rollout import GREEDY
 from medbridge.support import GateSettings, Measured, Tally, judge, majority_at_k, measure

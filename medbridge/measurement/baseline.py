@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from medbridge.config import RunSettings
 from medbridge.data import Item
-from medbridge.data.answers import normalise
+from medbridge.data.text import normalise
 from medbridge.measurement.order import cluster_of
 from medbridge.support import Tally, measure
 

@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from medbridge.data import Item
-from medbridge.data.answers import Outcome, normalise
+from medbridge.data.answers import Outcome
+from medbridge.data.text import normalise
 from medbridge.ledger import Ledger
 from medbridge.measurement.order import cluster_of
 from medbridge.rollout import GREEDY

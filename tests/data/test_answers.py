@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medbridge.data import Item, PromptSettings, grade, permutation, target_completion
-from medbridge.data.answers import is_well_formed, normalise, read_letter, read_open, read_option, read_yes_no
+from medbridge.data.answers import is_well_formed, read_letter, read_open, read_option, read_yes_no
+from medbridge.data.text import normalise
 from medbridge.errors import MedbridgeError
 
 MakeItem = Callable[..., Item]
@@ -194,6 +195,35 @@ def test_open_answers(make_item: MakeItem, completion: str, answer: str, status:
     assert (outcome.status, outcome.answer, outcome.option) == (status, text, None)
     if outcome.span is not None:
         assert completion[slice(*outcome.span)] == text
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "changes", "status"),
+    [
+        ("50 mm", "5 cm", {}, "correct"),
+        ("about 5.0 cm", "5 cm", {}, "correct"),
+        ("5", "5 cm", {}, "correct"),
+        ("two", "2", {}, "correct"),
+        ("3", "2", {}, "wrong"),
+        ("5 g", "5 cm", {}, "wrong"),
+        ("2 nodules", "2", {}, "wrong"),
+        ("2", "2 nodules", {}, "wrong"),
+        ("4.9 cm", "5 cm", {}, "wrong"),
+        ("4.9 cm", "5 cm", {"number_tolerance": 0.05}, "correct"),
+        ("50 mm", "5 cm", {"number_tolerance": None}, "wrong"),
+        ("upper lobe of the left lung", "left upper lobe", {}, "wrong"),
+        ("upper lobe of the left lung", "left upper lobe", {"f1_from": 0.7}, "correct"),
+        ("upper lobe of the left lung", "left upper lobe", {"f1_from": 0.8}, "wrong"),
+        ("No", "Yes", {"f1_from": 0.1}, "wrong"),
+        ("5 mm", "5 cm", {"f1_from": 0.1}, "wrong"),
+    ],
+)
+def test_quantities_and_shared_words(
+    make_item: MakeItem, said: str, answer: str, changes: dict[str, Any], status: str
+) -> None:
+    item = make_item(options=None, floor=0.0, answer=answer)
+    settings = LETTER.model_copy(update=changes)
+    assert grade(item, (), f"<answer>{said}</answer>", settings).status == status
 
 
 def test_outcome_maps_the_letter_through_the_permutation(make_item: MakeItem) -> None:

@@ -361,6 +361,21 @@ def test_open_answers_that_do_not(text: str, status: str) -> None:
 @pytest.mark.parametrize(
     ("text", "status"),
     [
+        ("<answer>there are 2 nodules</answer>", "correct"),
+        ("<answer>two of them</answer>", "correct"),
+        ("<answer>2 of 5 nodules</answer>", "wrong"),
+        ("<answer>not 2</answer>", "wrong"),
+        ("<answer>3 nodules</answer>", "wrong"),
+        ("I count 2.", "correct"),
+    ],
+)
+def test_open_quantities(text: str, status: str) -> None:
+    assert read(item(None, "2"), text).status == status
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
         ("<answer>Yes, it", "correct"),
         ("<think>The answer is no", "wrong"),
         ("<think>No fluid. Yes", "abstain"),

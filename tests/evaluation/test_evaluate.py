@@ -124,7 +124,7 @@ def test_open_answers_beyond_equality(tmp_path: Path) -> None:
     [found] = evaluated(path).strata
     assert found.open_answers is not None and found.open_answers["quantities"] == 2
     assert found.open_answers["same_quantity"] == 0.5
-    assert found.open_answers["token_f1"] == pytest.approx((0.8 + 0 + 0) / 3)
+    assert found.open_answers["token_f1"] == pytest.approx((0.8 + 1 + 0) / 3)  # 15 mm is right
     assert "token F1 0.27; the right quantity in 0.50" in CliRunner().invoke(app, ["evaluate", str(path)]).output
 
 

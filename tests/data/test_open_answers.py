@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medbridge.evaluation.open_answers import quantity, same_quantity, token_f1
+from medbridge.data.open_answers import equal_quantities, is_quantity, quantity, same_quantity, token_f1
 
 WORDS = st.lists(st.sampled_from("left right upper lobe of lung liver".split()), max_size=6).map(" ".join)  # noqa: SIM905
 
@@ -59,6 +59,19 @@ def test_quantities(text: str, found: tuple[float, str | None] | None) -> None:
 )  # fmt: skip
 def test_same_quantity(read: str, right: str, same: bool | None) -> None:
     assert same_quantity(read, right) is same
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("5 cm", True), ("5", True), ("about 5 cm.", True), ("two", True), ("~ 12 %", True), ("\u22122", True),
+        ("5 x 3 cm", False), ("2 nodules", False), ("5 cm mass", False), ("T2", False), ("", False), ("liver", False),
+        ("about", False), ("5 or 6", False),
+    ],
+)  # fmt: skip
+def test_texts_that_are_a_quantity_and_no_more(text: str, whole: bool) -> None:
+    assert is_quantity(text) is whole
+    assert equal_quantities(text, text, 0.0) is whole
 
 
 @given(st.floats(1e-6, 1e6), st.sampled_from(["", " mm", " kg", " ml", " h", " %", " bpm"]))

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from medbridge.data.answers import normalise
+from medbridge.data.text import normalise
 
 _ARTICLES = frozenset({"a", "an", "the"})
 
@@ -64,6 +64,19 @@ def quantity(text: str) -> tuple[float, str | None] | None:
     return next(iter(found)) if len(found) == 1 else None
 
 
+def is_quantity(text: str) -> bool:
+    """Whether a text is one quantity and no more: a number or number word, with a known unit or without one."""
+    match = _NUMBER.fullmatch(_bare(text))
+    if match is None:
+        return normalise(text) in _WORDS
+    return match[2] is None or match[2].lower() in _SCALES
+
+
+def equal_quantities(read: str, right: str, tolerance: float) -> bool:
+    """Whether both texts are quantities and no more, and the same one (as in `same_quantity`)."""
+    return is_quantity(right) and is_quantity(read) and same_quantity(read, right, tolerance) is True
+
+
 def same_quantity(read: str, right: str, tolerance: float = 0.01) -> bool | None:
     """Whether an answer gives the right quantity, within a relative tolerance; None where the right one is none.
 
@@ -81,7 +94,18 @@ def same_quantity(read: str, right: str, tolerance: float = 0.01) -> bool | None
         value *= _SCALES[(match[2] or "").lower()][1]
     elif dimension != expected[1]:
         return False
-    return math.isclose(value, expected[0], rel_tol=tolerance, abs_tol=0.0 if expected[0] else tolerance)
+    # 5 cm is 50 mm only up to the last bits of the scales
+    return math.isclose(value, expected[0], rel_tol=max(tolerance, 1e-9), abs_tol=0.0 if expected[0] else tolerance)
+
+
+_HEDGE = re.compile(r"(?:about|approximately|approx\.?|around|circa|ca\.|roughly|~|≈|=)\s*", re.IGNORECASE)
+
+
+def _bare(text: str) -> str:
+    """A text without what may stand around a quantity and says nothing of it."""
+    stripped = text.replace("\u2212", "-").strip().rstrip(".!").strip()
+    hedge = _HEDGE.match(stripped)
+    return stripped if hedge is None else stripped[hedge.end() :]
 
 
 def _numbers(text: str) -> Iterator[re.Match[str]]:
