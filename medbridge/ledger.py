@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from medbridge.data.answers import Outcome
+from medbridge.data.answers import Outcome, Status
 from medbridge.data.items import Item
 from medbridge.errors import MedbridgeError
 from medbridge.rollout.engine import GREEDY, Graded, Rollout
@@ -104,6 +104,17 @@ class VerdictRow:
     reason: str
     verdict: dict[str, Any]
     support: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A completion to show, without its tokens. `truncated`: it reached the most tokens allowed."""
+
+    item_id: str
+    sample: int
+    text: str
+    truncated: bool
+    outcome: Outcome
 
 
 class Ledger:
@@ -363,6 +374,59 @@ class Ledger:
             )
             for row in rows
         ]
+
+    def greedy_statuses(self, stage_id: int) -> dict[str, Status]:
+        """How the greedy completion of each item of a measurement came out."""
+        rows = self._db.execute(
+            "SELECT item_id, status FROM rollouts JOIN outcomes USING (rollout_id)"
+            " WHERE stage_id = ? AND step = 0 AND sample = ?",
+            (stage_id, GREEDY),
+        )
+        return dict(rows.fetchall())
+
+    def examples(self, stage_id: int, item_ids: Sequence[str]) -> list[Completion]:
+        """Of each of these items of a measurement: the greedy completion, and the first sampled one of each status.
+
+        In the order of the items' ids and the samples. A measurement's step is 0.
+        """
+        chosen, arguments = _among(item_ids)
+        rows = self._db.execute(
+            "SELECT item_id, sample, text, finish_reason = 'length', status, option, answer, span_start, span_end,"
+            " well_formed FROM rollouts JOIN outcomes USING (rollout_id) WHERE rollout_id IN ("
+            # SQLite takes a bare column of a group with MIN() from the row that has the minimum
+            " SELECT rollout_id FROM (SELECT rollout_id, MIN(sample) FROM rollouts JOIN outcomes USING (rollout_id)"
+            f" WHERE stage_id = ? AND step = 0{chosen} GROUP BY item_id, sample = ?, status))"
+            " ORDER BY item_id, sample",
+            (stage_id, *arguments, GREEDY),
+        )
+        return [
+            Completion(
+                row[0], row[1], row[2], bool(row[3]),
+                Outcome(row[4], row[5], row[6], None if row[7] is None else (row[7], row[8]), bool(row[9])),
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def completions(
+        self, stage_id: int, item_ids: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
+        """(item id, sample, permutation, text) of a stage's rollouts, in the order of storing."""
+        chosen, arguments = _among(item_ids)
+        rows = self._db.execute(
+            f"SELECT item_id, sample, permutation, text FROM rollouts WHERE stage_id = ?{chosen} ORDER BY rollout_id",
+            (stage_id, *arguments),
+        )
+        for item_id, sample, order, text in rows:
+            yield item_id, sample, tuple(json.loads(order)), text
+
+    def cut_off(self, stage_id: int) -> dict[str, int]:
+        """How many samples (the greedy one apart) of each item of a stage ended at their token limit."""
+        rows = self._db.execute(
+            "SELECT item_id, SUM(finish_reason = 'length') FROM rollouts WHERE stage_id = ? AND sample != ?"
+            " GROUP BY item_id",
+            (stage_id, GREEDY),
+        )
+        return dict(rows.fetchall())
 
     def sampling_totals(self, stage_id: int) -> dict[str, float]:
         """Items, rollouts and tokens of a stage, and the share of its rollouts that were cut off."""

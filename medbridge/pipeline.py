@@ -225,11 +225,14 @@ class Run(Training):
             self._finish_measuring(stage, rows, summary)
         return self.ledger.verdicts(stage.stage_id)
 
-    def evaluate(self, model: str) -> dict[str, VerdictRow]:
-        """Measure a model on the held-out test split, beside the most frequent answer; nothing is trained on it."""
+    def evaluate(self, model: str) -> Stage | None:
+        """Measure a model on the held-out test split, beside the most frequent answer; nothing is trained on it.
+
+        The finished stage, with its verdicts in the ledger; None where there is no such split.
+        """
         split = self.settings.diagnosis.test_split
         if split is None or not self.items.split(split):
-            return {}
+            return None
         known = [s for s in self.ledger.stages() if s.kind == "evaluate" and s.model == model]
         stage = known[0] if known else self._begin(self._last_round(), "evaluate", model, ())
         if stage.status == "running":
@@ -237,7 +240,7 @@ class Run(Training):
             baseline = frequent_answer_baseline(self.items.split("train"), strata, self.settings)
             rows = run_measurement(self.ledger, stage, self._engine(model), strata, self.settings, self.reporter)
             self._finish_measuring(stage, rows, {"split": split, "baseline": baseline})
-        return self.ledger.verdicts(stage.stage_id)
+        return next(s for s in self.ledger.stages() if s.stage_id == stage.stage_id)
 
     def _check(
         self, stage: Stage, engine: Engine, strata: Mapping[str, Sequence[Item]], rows: Sequence[VerdictRow]

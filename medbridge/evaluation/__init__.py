@@ -1,8 +1,20 @@
-"""Evaluation of completions that were sampled elsewhere: read from the logs of other tools, graded, judged."""
+"""Evaluation of completions: of a run's measurements, or sampled elsewhere and read from the logs of other tools."""
 
 from __future__ import annotations
 
-from medbridge.evaluation.evaluate import Evaluation, StratumResult, evaluate_logs
+from medbridge.evaluation.answered import Answered, answered_in_log, answered_in_stage
+from medbridge.evaluation.evaluate import Evaluation, StratumResult, evaluate, evaluate_logs
 from medbridge.evaluation.logs import FORMATS, Logged, read_logs
 
-__all__ = ["FORMATS", "Evaluation", "Logged", "StratumResult", "evaluate_logs", "read_logs"]
+__all__ = [
+    "FORMATS",
+    "Answered",
+    "Evaluation",
+    "Logged",
+    "StratumResult",
+    "answered_in_log",
+    "answered_in_stage",
+    "evaluate",
+    "evaluate_logs",
+    "read_logs",
+]

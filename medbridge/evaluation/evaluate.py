@@ -1,46 +1,38 @@
-"""Grades logged completions, and says per stratum what they show: accuracy, support, and the gate's verdict."""
+"""What answered questions show, per stratum and per data set: accuracy, support, and the gate's verdict."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from medbridge.data import Item, PromptSettings, Skip, grade
-from medbridge.data.answers import Outcome
-from medbridge.data.open_answers import same_quantity, token_f1
-from medbridge.data.readings import READINGS, ReadingName, regrade
-from medbridge.data.text import normalise
+from medbridge.data import Skip
+from medbridge.data.readings import ReadingName
 from medbridge.errors import MedbridgeError
+from medbridge.evaluation import figures
+from medbridge.evaluation.answered import Answered, answered_in_log
 from medbridge.evaluation.logs import Logged
 from medbridge.measurement.counting import count
-from medbridge.rollout import GREEDY
-from medbridge.support import GateSettings, Measured, Tally, judge, majority_at_k, measure
-
-_BOXED = re.compile(r"\\boxed\{([^{}]{0,400})\}")
-
-_MOST_LABELS = 30
-"""Answers up to which a confusion matrix is made."""
-
-ABSTAINED = "(none read)"
+from medbridge.support import Evidence, GateSettings, Measured, SupportEstimate, Tally, Verdict, judge, measure
 
 
 @dataclass(frozen=True, slots=True)
 class StratumResult:
-    """One stratum of the logs. Intervals are two-sided; what can't be told is None.
+    """One stratum, or one data set. Intervals are two-sided; what can't be told is None.
 
     Attributes:
         samples: fewest and most completions of a question.
         accuracy: mean accuracy of the sampled completions; `readings` has it under each reading of the answers.
-        acc_at_1: greedy accuracy, where the log tells greedy completions apart.
+        acc_at_1: greedy accuracy, where greedy completions are told apart.
         macro_accuracy: mean over right answers of the accuracy on the questions that have it.
         ks, pass_at_k, floors, majority: curves over k, with Pass@k of guessing.
         support: above the guessing floor, at `k`.
         abstain_rate: share of completions without a readable answer.
+        truncated_rate: share of completions that ended at their token limit; None where that isn't known.
         disagreements: completions that the log's own score has otherwise, of `scored` that it scored.
         confusion: right answer -> answer read -> completions, where all questions share their options.
         open_answers: of open questions, the mean token F1 of the completions, and how many of those asked for a
@@ -54,9 +46,9 @@ class StratumResult:
     clusters: int
     samples: tuple[int, int]
     accuracy: dict[str, float | None]
-    readings: dict[str, float]
+    readings: dict[str, float | None]
     acc_at_1: dict[str, float | None] | None
-    macro_accuracy: float
+    macro_accuracy: float | None
     ks: tuple[int, ...]
     pass_at_k: tuple[float | None, ...]
     floors: tuple[float | None, ...]
@@ -66,6 +58,7 @@ class StratumResult:
     verdict: str
     reason: str
     abstain_rate: float
+    truncated_rate: float | None
     disagreements: int
     scored: int
     confusion: dict[str, dict[str, int]] | None
@@ -75,38 +68,79 @@ class StratumResult:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All strata, and the rows that were left out."""
+    """What was found, and the rows that were left out.
 
+    Attributes:
+        source: what was evaluated, in words: a model and a split, or log files.
+        strata: results by stratum; `datasets` by data set, where that is another division.
+        confidence: of every interval, two-sided.
+    """
+
+    source: str
     reading: str
     strata: tuple[StratumResult, ...]
-    skipped: tuple[str, ...]
+    datasets: tuple[StratumResult, ...]
+    confidence: float
+    skipped: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
         return asdict(self)
 
 
-def evaluate_logs(
-    entries: Sequence[Logged | Skip],
+def evaluate(
+    entries: Sequence[Answered],
     *,
     by: Sequence[str] = (),
     reading: ReadingName = "standard",
     ordered: Sequence[str] = (),
     gate: GateSettings | None = None,
+    sequential: bool = False,
     seed: int = 0,
-    judge_open: Callable[[str, str, str], bool] | None = None,
+    same: figures.Same | None = None,
+    source: str = "",
 ) -> Evaluation:
-    """Grade and judge logged completions.
+    """Count and judge answered questions.
 
     Args:
-        entries: of `read_logs`.
-        by: tags that make up a stratum; none: the data set or task.
+        entries: not empty, all with the same readings, `reading` among them.
+        by: tags that make up a stratum; none: the data set.
         reading: of the answers; the accuracy under the others stands beside it.
-        ordered: data sets (or tasks) whose options are grades in order, from least to most.
+        ordered: data sets whose options are grades in order, from least to most; those that say so need not be named.
         gate: settings of the verdict; None: the defaults.
+        sequential: the questions came in looks, so that verdicts are of the last look's level.
         seed: of the bootstrap.
-        judge_open: whether an open answer means the right one, of (question, right answer, answer read); asked where
-            the words differ. What it says is told beside the readings and changes no verdict. None: it isn't asked.
+        same: whether an open answer means the right one; asked where the words differ. What it says is told beside the
+            readings and changes no verdict. None: it isn't asked.
+
+    Raises:
+        MedbridgeError: an item lacks a tag, or is no grade where grades are said to be.
+    """
+    settings = gate or GateSettings()
+
+    def results(groups: Mapping[str, Sequence[Answered]]) -> tuple[StratumResult, ...]:
+        tallies = {name: _tallies(own, reading) for name, own in sorted(groups.items())}
+        estimates = {name: measure(own, settings, seed=seed) for name, own in tallies.items()}
+        evidence: dict[str, Evidence] | None = {} if sequential else None
+        verdicts = judge(estimates, settings, evidence)
+        return tuple(
+            _result(name, groups[name], own, estimates[name], verdicts[name], reading, ordered, same)
+            for name, own in tallies.items()
+        )
+
+    strata, datasets = defaultdict(list), defaultdict(list)
+    for entry in entries:
+        strata[entry.item.stratum(by)].append(entry)
+        datasets[entry.item.dataset].append(entry)
+    divided = {frozenset(e.item.id for e in own) for own in strata.values()}
+    same_division = divided == {frozenset(e.item.id for e in own) for own in datasets.values()}
+    return Evaluation(
+        source, reading, results(strata), () if same_division else results(datasets), 1 - 2 * settings.alpha
+    )
+
+
+def evaluate_logs(entries: Sequence[Logged | Skip], **how: Any) -> Evaluation:
+    """Grade and judge the completions that `read_logs` found, as `evaluate` does (with its other arguments).
 
     Raises:
         MedbridgeError: nothing could be read, or an item lacks a tag.
@@ -117,191 +151,63 @@ def evaluate_logs(
         raise MedbridgeError(
             f"no question with completions in these logs ({skipped[0] if skipped else 'they are empty'})."
         )
-    settings = gate or GateSettings()
-    strata: dict[str, list[Logged]] = defaultdict(list)
-    for entry in logged:
-        strata[entry.item.stratum(by)].append(entry)
-    graded = {name: [_graded(entry) for entry in own] for name, own in sorted(strata.items())}
-    tallies = {name: _tallies(strata[name], own, reading) for name, own in graded.items()}
-    estimates = {name: measure(own, settings, seed=seed) for name, own in tallies.items()}
-    verdicts = judge(estimates, settings)
-    found = []
-    for name, own in tallies.items():
-        estimate, verdict = estimates[name], verdicts[name]
-        outcomes = [each[reading] for each in graded[name]]
-        told = _against_log(strata[name], outcomes)
-        found.append(
-            StratumResult(
-                stratum=name,
-                items=len(own),
-                clusters=estimate.clusters,
-                samples=(estimate.n_min, estimate.n_max),
-                accuracy=_plain(estimate.accuracy) or {},
-                readings={which: _right([each[which] for each in graded[name]]) for which in READINGS},
-                acc_at_1=_plain(estimate.acc_at_1),
-                macro_accuracy=_macro(strata[name], outcomes),
-                ks=tuple(int(k) for k in estimate.ks),
-                pass_at_k=_numbers(estimate.pass_at_k.value),
-                floors=_numbers(estimate.floor),
-                majority=_majority(strata[name], own, estimate.n_min),
-                k=estimate.k,
-                support=_plain(estimate.support),
-                verdict=verdict.kind,
-                reason=verdict.reason,
-                abstain_rate=sum(t.abstained for t in own) / max(1, sum(t.n for t in own)),
-                disagreements=told[0],
-                scored=told[1],
-                confusion=_confusion(strata[name], outcomes),
-                ordinal=_ordinal(strata[name], outcomes, ordered),
-                open_answers=_open_answers(strata[name], outcomes, judge_open),
-            )
-        )
-    return Evaluation(reading, tuple(found), skipped)
+    return replace(evaluate([answered_in_log(entry) for entry in logged], **how), skipped=skipped)
 
 
-_Outcomes = dict[int, Outcome]
-"""Sample -> outcome; the greedy completion under `GREEDY`."""
+def _tallies(entries: Sequence[Answered], reading: ReadingName) -> list[Tally]:
+    outcomes = {entry.item.id: entry.readings[reading] for entry in entries}
+    counted = count(outcomes, [entry.item for entry in entries], [])
+    return [replace(tally, cluster=entry.cluster) for tally, entry in zip(counted, entries, strict=True)]
 
 
-def _graded(entry: Logged) -> dict[ReadingName, _Outcomes]:
-    """The outcomes of one question's completions under each reading."""
-    item, settings = entry.item, PromptSettings(answer_style="letter")
-    order = tuple(range(len(item.options or ())))
-    texts = dict(enumerate(entry.completions)) | ({} if entry.greedy is None else {GREEDY: entry.greedy})
-    found: dict[ReadingName, _Outcomes] = {name: {} for name in READINGS}
-    for sample, text in texts.items():
-        written = _tagged(text)
-        outcome = grade(item, order, written, settings)
-        for name in READINGS:
-            found[name][sample] = regrade(item, order, written, outcome, settings, name)
-    return found
-
-
-def _tagged(text: str) -> str:
-    """A boxed answer, as some models write it, in the tags that are read."""
-    boxes = list(_BOXED.finditer(text))
-    if not boxes or "<answer>" in text.lower():
-        return text
-    last = boxes[-1]
-    return f"{text[: last.start()]}<answer>{last[1]}</answer>"
-
-
-def _tallies(
-    entries: Sequence[Logged], graded: Sequence[Mapping[ReadingName, _Outcomes]], reading: ReadingName
-) -> list[Tally]:
-    outcomes = {entry.item.id: each[reading] for entry, each in zip(entries, graded, strict=True)}
-    return count(outcomes, [entry.item for entry in entries], ["cluster"])
-
-
-def _sampled(outcomes: _Outcomes) -> list[Outcome]:
-    return [outcome for sample, outcome in outcomes.items() if sample != GREEDY]
-
-
-def _right(graded: Sequence[_Outcomes]) -> float:
-    shares = [np.mean([o.status == "correct" for o in own]) for each in graded if (own := _sampled(each))]
-    return float(np.mean(shares)) if shares else float("nan")
-
-
-def _macro(entries: Sequence[Logged], graded: Sequence[_Outcomes]) -> float:
-    by_answer = defaultdict(list)
-    for entry, each in zip(entries, graded, strict=True):
-        by_answer[entry.item.answer.casefold()].append(each)
-    return float(np.nanmean([_right(own) for own in by_answer.values()]))
-
-
-def _majority(entries: Sequence[Logged], tallies: Sequence[Tally], most: int) -> tuple[float | None, ...]:
-    if most < 1:
-        return ()
-    options = sorted({vote for tally in tallies for vote in tally.votes})
-    if not options:
-        return (0.0,) * most
-    votes = np.array([[tally.votes.get(option, 0) for option in options] for tally in tallies])
-    place = {option: index for index, option in enumerate(options)}
-    correct = [place.get(_vote_of(entry.item), -1) for entry in entries]
-    found = majority_at_k(votes, np.array(correct), np.arange(1, most + 1), np.array([t.abstained for t in tallies]))
-    return _numbers(found.mean(axis=0))
-
-
-def _vote_of(item: Item) -> str:
-    """How the right answer is written among a tally's votes."""
-    return str(item.answer_index) if item.options is not None else normalise(item.answer)
-
-
-def _against_log(entries: Sequence[Logged], graded: Sequence[_Outcomes]) -> tuple[int, int]:
-    """Completions that the log's own score has otherwise, and how many it scored."""
-    pairs = [
-        (score, each[sample].status == "correct")
-        for entry, each in zip(entries, graded, strict=True)
-        for sample, score in enumerate(entry.scores)
-        if score is not None
-    ]
-    return sum(score != right for score, right in pairs), len(pairs)
-
-
-def _confusion(entries: Sequence[Logged], graded: Sequence[_Outcomes]) -> dict[str, dict[str, int]] | None:
-    shared = {entry.item.options and frozenset(entry.item.options) for entry in entries}
-    options = next(iter(shared))
-    if len(shared) != 1 or not options or len(options) > _MOST_LABELS:
-        return None
-    counts: dict[str, Counter[str]] = {option: Counter() for option in sorted(options)}
-    for entry, each in zip(entries, graded, strict=True):
-        assert entry.item.options is not None
-        for outcome in _sampled(each):
-            counts[entry.item.answer][ABSTAINED if outcome.option is None else entry.item.options[outcome.option]] += 1
-    return {right: dict(row) for right, row in counts.items()}
-
-
-def _open_answers(
-    entries: Sequence[Logged], graded: Sequence[_Outcomes], judge_open: Callable[[str, str, str], bool] | None
-) -> dict[str, float] | None:
-    shared, quantities, judged = [], [], []
-    for entry, each in zip(entries, graded, strict=True):
-        if entry.item.options is not None:
-            continue
-        for outcome in _sampled(each):
-            read, right = outcome.answer or "", entry.item.answer
-            shared.append(1.0 if outcome.status == "correct" else token_f1(read, right))
-            if judge_open is not None:
-                judged.append(
-                    outcome.status == "correct" or (bool(read) and judge_open(entry.item.question, right, read))
-                )
-            same = same_quantity(read, right)
-            if same is not None:
-                quantities.append(same)
-    if not shared:
-        return None
-    given = {"quantities": float(len(quantities)), "same_quantity": float(np.mean(quantities))} if quantities else {}
-    if judged:
-        given["judged"] = float(np.mean(judged))
-    return {"token_f1": float(np.mean(shared)), **given}
-
-
-def _ordinal(entries: Sequence[Logged], graded: Sequence[_Outcomes], ordered: Sequence[str]) -> dict[str, float] | None:
-    if not ordered or any(entry.item.dataset not in ordered for entry in entries):
-        return None
-    if len({entry.item.options for entry in entries}) != 1 or entries[0].item.options is None:
-        raise MedbridgeError(
-            f"{entries[0].item.dataset}: its questions have different options or none, so that they are no grades."
-        )
-    pairs = [
-        (entry.item.answer_index, outcome.option)
-        for entry, each in zip(entries, graded, strict=True)
-        for outcome in _sampled(each)
-        if outcome.option is not None
-    ]
-    if not pairs:
-        return None
-    from sklearn.metrics import cohen_kappa_score
-
-    truth, read = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
-    labels = list(range(len(entries[0].item.options)))
-    kappa = cohen_kappa_score(truth, read, labels=labels, weights="quadratic") if len({*truth, *read}) > 1 else 1.0
-    return {"mean_absolute_error": float(np.abs(truth - read).mean()), "quadratic_kappa": float(kappa)}
+def _result(
+    name: str,
+    entries: Sequence[Answered],
+    tallies: Sequence[Tally],
+    estimate: SupportEstimate,
+    verdict: Verdict,
+    reading: ReadingName,
+    ordered: Sequence[str],
+    same: figures.Same | None,
+) -> StratumResult:
+    samples = sum(tally.n for tally in tallies)
+    cut = [entry.cut for entry in entries if entry.cut is not None]
+    disagreements, scored = figures.against_log(entries, reading)
+    readings = {which: figures.mean_accuracy([e.readings[which] for e in entries]) for which in entries[0].readings}
+    return StratumResult(
+        stratum=name,
+        items=len(tallies),
+        clusters=estimate.clusters,
+        samples=(estimate.n_min, estimate.n_max),
+        accuracy=_plain(estimate.accuracy) or {},
+        readings={which: _number(value) for which, value in readings.items()},
+        acc_at_1=_plain(estimate.acc_at_1),
+        macro_accuracy=_number(figures.macro_accuracy(entries, reading)),
+        ks=tuple(int(k) for k in estimate.ks),
+        pass_at_k=_numbers(estimate.pass_at_k.value),
+        floors=_numbers(estimate.floor),
+        majority=_numbers(figures.majority(entries, tallies, estimate.n_min)),
+        k=estimate.k,
+        support=_plain(estimate.support),
+        verdict=verdict.kind,
+        reason=verdict.reason,
+        abstain_rate=sum(t.abstained for t in tallies) / max(1, samples),
+        truncated_rate=sum(cut) / max(1, samples) if len(cut) == len(entries) else None,
+        disagreements=disagreements,
+        scored=scored,
+        confusion=figures.confusion(entries, reading),
+        ordinal=figures.ordinal(entries, reading, ordered),
+        open_answers=figures.open_answers(entries, reading, same),
+    )
 
 
 def _plain(measured: Measured | None) -> dict[str, float | None] | None:
     return None if measured is None else measured.to_dict()
 
 
-def _numbers(values: Any) -> tuple[float | None, ...]:
-    return tuple(None if np.isnan(value) else float(value) for value in values)
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _numbers(values: Sequence[float] | NDArray[np.float64]) -> tuple[float | None, ...]:
+    return tuple(_number(float(value)) for value in values)

@@ -16,6 +16,7 @@ from typing import Any
 
 from medbridge.data.items import SPLITS
 from medbridge.errors import MedbridgeError
+from medbridge.evaluation.runs import stored_evaluation
 from medbridge.ledger import TRAINING as LEDGER_TRAINING
 from medbridge.ledger import Ledger, Stage, VerdictRow
 from medbridge.report.checks import changes, checks, losses, more, outlook
@@ -60,7 +61,7 @@ def collect(run_dir: Path, *, samples: bool = True, now: float | None = None) ->
 
     Args:
         run_dir: folder that holds `run.sqlite`.
-        samples: also choose sample items and read their completions.
+        samples: also choose sample items and read their completions, and evaluate the last measurement.
         now: time of the report, seconds since the epoch; None takes the clock.
 
     Raises:
@@ -95,6 +96,7 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
     views = _stage_views(ledger, stages, items, verdicts, settings)
     strata = _strata(ledger, stages, views, items, verdicts)
     tests = [view for view in views if view.kind == "evaluate" and view.done]
+    told = [stage for stage in finished if stage.kind == "evaluate"]
     comparisons = _comparisons(stages, tests, strata, measured)
     for stratum in strata:
         stratum.story = _story(stratum, comparisons)
@@ -134,6 +136,7 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
         accuracy_target=next((m.accuracy_target for m in latest if m.accuracy_target is not None), None),
         letters=(dig(settings, "data", "prompt", "answer_style") or "letter") == "letter",
         samples_from=samples_from,
+        evaluation=stored_evaluation(ledger, (told or finished)[-1]) if finished and samples else None,
         config=config,
         environment=dict(_flat(ledger.meta("environment"))),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from medbridge.report.charts import Reached, Series, figure
 from medbridge.report.checks import Findings, findings
 from medbridge.report.collect import collect
 from medbridge.report.images import Embedder, Picture
-from medbridge.report.page import environment
+from medbridge.report.page import environment, two
 from medbridge.report.samples import excerpt
 from medbridge.report.view import (
     CheckView,
@@ -28,7 +27,6 @@ from medbridge.report.view import (
     Sample,
     StageView,
     StratumView,
-    duration,
     short,
 )
 
@@ -78,45 +76,9 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 def render(view: RunView) -> str:
     """The report as HTML text."""
     templates = environment()
-    templates.filters |= {
-        "two": two,
-        "signed": _signed,
-        "near_one": near_one,
-        "percent": _percent,
-        "count": lambda value: f"{value:,}",
-        "duration": duration,
-        "when": _when,
-        "short": short,
-        "figure": figure,
-    }
+    templates.filters["figure"] = figure
     page = _Page(view)
     return templates.get_template("report.html.j2").render(run=view, page=page, few=_FEW_STRATA, check_names=CHECKS)
-
-
-def two(value: float | None) -> str:
-    """A share with two decimals and a true minus sign; a dash where it isn't known."""
-    return "\u2013" if value is None else f"{value:z.2f}".replace("-", "\u2212")
-
-
-def _signed(value: float | None) -> str:
-    """A difference with its sign."""
-    said = two(value)
-    return f"+{said}" if value is not None and float(f"{value:.2f}") > 0 else said
-
-
-def near_one(value: float | None) -> str:
-    """As `two`, but with what tells a share just below 1 from 1: "0.998", ">0.999"."""
-    if value is None or not 0.995 <= value < 1:
-        return two(value)
-    return f"{value:.3f}" if value < 0.9995 else ">0.999"
-
-
-def _percent(value: float | None) -> str:
-    return "\u2013" if value is None else f"{100 * value:.0f} %"
-
-
-def _when(moment: float | None) -> str:
-    return "" if moment is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
 
 
 class _Page:

@@ -14,7 +14,6 @@ from medbridge.data import Item, PromptSettings, build_prompt, permutation, targ
 from medbridge.files import replace_text
 from medbridge.report.images import Embedder, Picture
 from medbridge.report.page import TEMPLATES, environment, script_hash
-from medbridge.report.view import short
 
 IMAGE_BYTES = 6_000_000
 """Budget of the embedded pictures: some three hundred of them, and a file that any browser opens at once."""
@@ -58,7 +57,6 @@ def write_questions(
 def render(cards: Sequence[Card], total: int) -> str:
     """The page as HTML text. Its one script is named by its hash, so that a browser runs no other."""
     templates = environment()
-    templates.filters |= {"short": short, "count": lambda value: f"{value:,}"}
     script = (TEMPLATES / "questions.js").read_text(encoding="utf-8").strip()
     return templates.get_template("questions.html.j2").render(
         cards=cards,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from medbridge.report.checks import findings
 from medbridge.report.collect import collect
-from medbridge.report.html import near_one, two
+from medbridge.report.page import near_one, two
 from medbridge.report.text import clean
 from medbridge.report.view import (
     ChangeView,

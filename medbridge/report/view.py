@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medbridge.evaluation import Evaluation
 
 MEASURING = ("diagnose", "evaluate")
 """Kinds of stage that give verdicts."""
@@ -368,6 +371,7 @@ class RunView:
     accuracy_target: float | None
     letters: bool
     samples_from: str | None
+    evaluation: Evaluation | None
     config: Any
     environment: dict[str, str]
 

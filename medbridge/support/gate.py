@@ -329,7 +329,7 @@ def _reading(estimate: SupportEstimate, finding: _Finding) -> str:
     if estimate.statistic == "pass":
         raw = f"Pass@{k} {estimate.pass_at_k.value[k - 1]:.2f} where guessing gives {floor:.2f}"
     else:
-        raw = f"{floor + support.value * (1 - floor):.2f} of the items are reached where guessing reaches {floor:.2f}"
+        raw = f"{floor + support.value * (1 - floor):z.2f} of the items are reached where guessing reaches {floor:.2f}"
     read = (
         f"Support above the guessing floor at k = {k} is {support.value:.2f} ({_interval(estimate, support)}; "
         f"{raw}; {_count(estimate.items, 'item')})"

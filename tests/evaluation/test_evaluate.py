@@ -15,7 +15,7 @@ from medbridge.cli import app
 from medbridge.data import Skip
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation import Evaluation, evaluate_logs, read_logs
-from medbridge.evaluation.evaluate import ABSTAINED
+from medbridge.evaluation.figures import ABSTAINED
 
 OPTIONS = ["Heart", "Liver", "Lung", "Spleen"]
 
@@ -125,7 +125,7 @@ def test_open_answers_beyond_equality(tmp_path: Path) -> None:
     assert found.open_answers is not None and found.open_answers["quantities"] == 2
     assert found.open_answers["same_quantity"] == 0.5
     assert found.open_answers["token_f1"] == pytest.approx((0.8 + 1 + 0) / 3)  # 15 mm is right
-    assert "token F1 0.27; the right quantity in 0.50" in CliRunner().invoke(app, ["evaluate", str(path)]).output
+    assert "token F1 0.60; the right quantity in 0.50" in CliRunner().invoke(app, ["evaluate", str(path)]).output
 
 
 def test_grades_in_order(tmp_path: Path) -> None:
