@@ -15,8 +15,12 @@ from medbridge.progress import Reporter
 from medbridge.study.settings import SightSettings
 
 
-def features_of(name: str, sight: SightSettings, model: ModelSettings, cache: Path, reporter: Reporter) -> Features:
-    """Features of image files by an encoder, computed once for each content.
+def features_of(
+    name: str, sight: SightSettings, model: ModelSettings, cache: Path, reporter: Reporter
+) -> tuple[str, Features]:
+    """The key of an encoder, and features of image files by it, computed once for each content.
+
+    Equal keys give equal features of the same image.
 
     Raises:
         MedbridgeError: the encoder can't be loaded.
@@ -28,4 +32,4 @@ def features_of(name: str, sight: SightSettings, model: ModelSettings, cache: Pa
         with reporter.task(f"features of {name}", len(files), "images") as meter:
             return store.features(encoder, files, meter.reach)
 
-    return features
+    return encoder.key, features

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from medbridge.data.answers import Status
 from medbridge.report.charts import Series, pass_at_k_chart
 from medbridge.report.images import Embedder
 from medbridge.report.page import environment, script_hash
 from medbridge.report.text import clean
 from medbridge.report.view import Estimate
+from medbridge.study.answers import STATUSES, Answers, json_text
 from medbridge.study.charts import MARKS, bottleneck_map, slopes, spectrum, transfer_map
 from medbridge.study.result import FINDINGS, Cell, StudyResult
 
@@ -23,8 +24,13 @@ _TEMPLATES = Path(__file__).parent / "templates"
 IMAGE_BYTES = 3_000_000
 """Budget of the embedded images."""
 
-_WORDS = 400
-"""Characters of a question, an answer or an option that the list of questions keeps."""
+TEXT_BYTES = 3_000_000
+"""Budget of the questions' own texts, answers and options."""
+
+_LENGTHS = (4000, 2000, 1000, 500, 250, 120, 60)
+"""Characters of one text that are kept: the most with which all questions fit their budget."""
+
+_SCRIPTS = ("drawings.js", "questions.js")
 
 MEANINGS = {
     "vision-limited": "the tower's features do not show the answers",
@@ -37,7 +43,12 @@ MEANINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One measured question. `counts`: by model, right samples, all samples, and whether the greedy answer is right."""
+    """One measured question.
+
+    Attributes:
+        counts: by model, right samples, all samples, and how the greedy completion came out.
+        answers: completions of every model; None where they were left out.
+    """
 
     id: str
     stratum: str
@@ -45,7 +56,8 @@ class Question:
     answer: str
     options: tuple[str, ...] | None
     image: str | None
-    counts: Mapping[str, tuple[int, int, bool]]
+    counts: Mapping[str, tuple[int, int, Status | None]]
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +69,15 @@ class _Page:
     cells: list[tuple[Cell, str, Markup]]
     shown: list[str]
     items: Markup
+    questions: int
+    answered: int
+    whole: int
 
 
 def render(study: StudyResult, questions: Sequence[Question]) -> str:
     """The page as HTML text."""
     templates = environment(_TEMPLATES)
+    templates.filters["count"] = lambda value: f"{value:,}"
     templates.filters["two"] = lambda value: f"{value:.2f}".replace("-", "\u2212")
     page = _Page(
         map=bottleneck_map(study, lambda model, stratum: _anchor(study, model, stratum)),
@@ -71,8 +87,11 @@ def render(study: StudyResult, questions: Sequence[Question]) -> str:
         cells=[(cell, _anchor(study, cell.model, cell.stratum), spectrum(cell)) for cell in study.cells],
         shown=[row.name for row in study.models],
         items=_data(study, questions),
+        questions=len(questions),
+        answered=sum(entry.answers is not None for entry in questions),
+        whole=sum(entry.answers is not None and entry.answers.whole for entry in questions),
     )
-    script = (_TEMPLATES / "study.js").read_text(encoding="utf-8").strip()
+    script = "\n".join((_TEMPLATES / name).read_text(encoding="utf-8").strip() for name in _SCRIPTS)
     return templates.get_template("study.html.j2").render(
         study=study, page=page, findings=FINDINGS, marks=MARKS, meanings=MEANINGS, script=script,
         script_hash=script_hash(script),
@@ -105,8 +124,10 @@ def _anchor(study: StudyResult, model: str, stratum: str) -> str:
 
 
 def _data(study: StudyResult, questions: Sequence[Question]) -> Markup:
-    """What the script reads, as JSON that no text can end early."""
+    """What the script reads: models and strata are named by their places."""
     embedder = Embedder(IMAGE_BYTES)
+    names = [row.name for row in study.models]
+    length = _length(questions)
     pictures: list[str] = []
     place: dict[str, int] = {}  # of a file's picture: many questions show the same
     items: list[dict[str, Any]] = []
@@ -114,18 +135,44 @@ def _data(study: StudyResult, questions: Sequence[Question]) -> Markup:
         if entry.image is not None and entry.image not in place and embedder.left > 0:
             place[entry.image] = len(pictures)
             pictures.append(embedder.embed(entry.image).uri)
+        item_id, question, answer, *options = (_cut(text, length) for text in _texts(entry))
         items.append(
             {
-                "id": clean(entry.id),
-                "stratum": entry.stratum,
-                "question": clean(entry.question)[:_WORDS],
-                "answer": clean(entry.answer)[:_WORDS],
-                "options": None if entry.options is None else [clean(option)[:_WORDS] for option in entry.options],
+                "id": item_id,
+                "stratum": study.strata.index(entry.stratum),
+                "question": question,
+                "answer": answer,
+                "options": None if entry.options is None else options,
+                "right": None if entry.options is None else entry.options.index(entry.answer),
                 "picture": place.get(entry.image or ""),
-                "counts": entry.counts,
+                "counts": [_count(entry.counts.get(name)) for name in names],
+                "answers": None if entry.answers is None else entry.answers.records,
+                "whole": entry.answers is not None and entry.answers.whole,
             }
         )
-    names = [row.name for row in study.models]
-    content = json.dumps({"models": names, "pictures": pictures, "items": items}, ensure_ascii=False)
-    safe = content.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    return Markup(safe)
+    models, strata = ([clean(name) for name in names] for names in (names, study.strata))
+    return Markup(json_text({"models": models, "strata": strata, "pictures": pictures, "items": items}))
+
+
+def _texts(question: Question) -> tuple[str, ...]:
+    return (question.id, question.question, question.answer, *(question.options or ()))
+
+
+def _length(questions: Sequence[Question]) -> int:
+    for length in _LENGTHS:
+        total = sum(len(json_text(_cut(text, length)).encode()) for entry in questions for text in _texts(entry))
+        if total <= TEXT_BYTES:
+            return length
+    return _LENGTHS[-1]
+
+
+def _cut(text: str, length: int) -> str:
+    shown = clean(text[:length])
+    return shown if len(text) <= length else f"{shown}…"
+
+
+def _count(found: tuple[int, int, Status | None] | None) -> list[int | None] | None:
+    if found is None:
+        return None
+    right, samples, greedy = found
+    return [right, samples, None if greedy is None else STATUSES.index(greedy)]

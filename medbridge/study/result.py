@@ -32,6 +32,12 @@ class Sight:
     commonest: float
     gain: Estimate | None
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Sight:
+        """The inverse of `dataclasses.asdict`."""
+        gain = record["gain"]
+        return cls(**{**record, "gain": None if gain is None else Estimate(**gain)})
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:

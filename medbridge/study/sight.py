@@ -7,6 +7,9 @@ question is what a probe must beat: it needs no image at all.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +23,9 @@ from medbridge.probe.probing import Features, fit_linear, unit_features
 from medbridge.report.view import Estimate
 from medbridge.study.result import Sight
 from medbridge.support.intervals import bootstrap_ratio
+
+METHOD = 1
+"""Part of what a result is kept under: to be raised when `look` finds something else in the same data."""
 
 _Key = tuple[str, str, tuple[str, ...] | None]
 """A question: its data set, its words, and its options."""
@@ -40,31 +46,56 @@ class _Answered:
     common: bool
 
 
-def look(
-    features: Features,
-    train: Sequence[Item],
-    validation: Sequence[Item],
-    measured: Mapping[str, Sequence[Item]],
-    *,
-    cluster: Callable[[Item], str],
-    min_images: int,
-    alpha: float,
-    replicates: int,
-    seed: int,
-) -> dict[str, Sight | None]:
-    """The sight of each stratum of `measured`; None where no question has enough training images.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an encoder's features are asked for: all that `look` depends on but the features.
 
-    Args:
-        features: of image files; an item's are the mean over its images.
+    Attributes:
         train: items that the probes are fitted on; `validation` chooses one regularisation for all questions (without
             it, a part of the training images).
         measured: items by stratum.
         cluster: what measured items are resampled by.
         min_images: training images that a question needs.
         alpha: error probability of each end of an interval.
+        replicates, seed: of the bootstrap.
     """
+
+    train: Sequence[Item]
+    validation: Sequence[Item]
+    measured: Mapping[str, Sequence[Item]]
+    cluster: Callable[[Item], str]
+    min_images: int
+    alpha: float
+    replicates: int
+    seed: int
+
+    def key(self, encoder_key: str) -> str:
+        """Hexadecimal digest of all that `look` depends on: where it is the same, so is what `look` finds.
+
+        `encoder_key`, with the image files' sizes and times, stands for the features.
+        """
+        settings = [METHOD, encoder_key, self.min_images, self.alpha, self.replicates, self.seed]
+        digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
+        strata = ((f"of {name}", items) for name, items in self.measured.items())
+        for name, items in (("train", self.train), ("validation", self.validation), *strata):
+            for item in items:
+                files = [_state(image) for image in item.images]
+                digest.update(json.dumps([name, item.to_json(), self.cluster(item), files]).encode())
+        return digest.hexdigest()
+
+
+def look(features: Features, wanted: Asked) -> dict[str, Sight | None]:
+    """The sight of each measured stratum; None where no question has enough training images.
+
+    `features` are of image files; an item's are the mean over its images.
+    """
+    train, validation, measured = wanted.train, wanted.validation, wanted.measured
     groups = _by_question(train)
-    kept = {question: items for question, items in groups.items() if len({item.images for item in items}) >= min_images}
+    kept = {
+        question: items
+        for question, items in groups.items()
+        if len({item.images for item in items}) >= wanted.min_images
+    }
     asked = [item for items in measured.values() for item in items if _question(item) in kept]
     if not asked:
         return {name: None for name in measured}
@@ -85,8 +116,17 @@ def look(
     found = {}
     for name, items in measured.items():
         entries = [answers[id(item)] for item in items if id(item) in answers]
-        found[name] = _sight(entries, len(items), cluster, alpha, replicates, seed) if entries else None
+        found[name] = _sight(entries, len(items), wanted) if entries else None
     return found
+
+
+def _state(file: str) -> tuple[int, int] | None:
+    """Size and time of a file, without reading it; None where it is missing, which `look` will say."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _question(item: Item) -> _Key:
@@ -141,9 +181,7 @@ def _normal(answer: str) -> str:
     return " ".join(answer.casefold().split())
 
 
-def _sight(
-    entries: Sequence[_Answered], asked: int, cluster: Callable[[Item], str], alpha: float, replicates: int, seed: int
-) -> Sight:
+def _sight(entries: Sequence[_Answered], asked: int, wanted: Asked) -> Sight:
     right = np.array([entry.right for entry in entries], dtype=np.float64)
     common = np.array([entry.common for entry in entries], dtype=np.float64)
     gain = None
@@ -151,8 +189,8 @@ def _sight(
         top, bottom = (right - common)[:, None], (1 - common)[:, None]
         missed = float(bottom.mean())
         ends = bootstrap_ratio(
-            top, bottom, bounds=(missed - 1.0, missed), clusters=[cluster(entry.item) for entry in entries],
-            alpha=alpha, replicates=replicates, seed=seed,
+            top, bottom, bounds=(missed - 1.0, missed), clusters=[wanted.cluster(entry.item) for entry in entries],
+            alpha=wanted.alpha, replicates=wanted.replicates, seed=wanted.seed,
         )  # fmt: skip
         gain = Estimate(float(ends.value[0]), float(ends.low[0]), float(ends.high[0]))
     return Sight(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from medbridge.data import Item
+from medbridge.data.answers import Status
 from medbridge.errors import MedbridgeError
 from medbridge.files import replace_text
 from medbridge.ledger import Stage
@@ -21,12 +23,13 @@ from medbridge.pipeline import Run
 from medbridge.progress import Reporter
 from medbridge.report.collect import collect
 from medbridge.report.view import Estimate, Measurement
+from medbridge.study.answers import choose_answers
 from medbridge.study.encoders import features_of
 from medbridge.study.findings import find
 from medbridge.study.page import Question, render
 from medbridge.study.result import Cell, ChangeCell, ModelRow, Sight, StudyResult
 from medbridge.study.settings import StudyConfig
-from medbridge.study.sight import look
+from medbridge.study.sight import Asked, look
 
 _BEHIND_CHAIN = 100
 """Rounds from here on belong to models beside the chain: two for each, training and measurement."""
@@ -227,13 +230,20 @@ class Study(Run):
         path = self._path(encoder) if (self.folder / encoder).is_dir() else encoder
         known = {tally.item_id for tally in self.ledger.tallies(measured.stage_id) if tally.n}
         asked = {name: [item for item in items if item.id in known] for name, items in self.measured.items()}
-        features = features_of(path, settings, self.settings.model, self._cache, self.reporter)
-        return look(
-            features, self.items.split("train"), self._validation(), asked,
-            cluster=lambda item: cluster_of(item, self.settings.diagnosis.cluster),
-            min_images=settings.min_images, alpha=self.settings.gate.alpha,
-            replicates=self.settings.gate.replicates, seed=self.settings.seed,
+        key, features = features_of(path, settings, self.settings.model, self._cache, self.reporter)
+        gate = self.settings.gate
+        wanted = Asked(
+            self.items.split("train"), self._validation(), asked,
+            cluster=lambda item: cluster_of(item, self.settings.diagnosis.cluster), min_images=settings.min_images,
+            alpha=gate.alpha, replicates=gate.replicates, seed=self.settings.seed,
         )  # fmt: skip
+        name, digest = f"sights of {path}", wanted.key(key)
+        kept = self.ledger.meta(name)
+        if kept is None or kept["key"] != digest:
+            found = look(features, wanted)
+            kept = {"key": digest, "sights": {stratum: sight and asdict(sight) for stratum, sight in found.items()}}
+            self.ledger.set_meta(name, kept)
+        return {stratum: sight and Sight.from_dict(sight) for stratum, sight in kept["sights"].items()}
 
     def _validation(self) -> list[Item]:
         """What chooses the probes' regularisation: never what is measured."""
@@ -242,12 +252,16 @@ class Study(Run):
     # -- questions ---------------------------------------------------------------------------------------------
 
     def questions(self, rows: Sequence[ModelRow]) -> list[Question]:
-        """The measured questions, with how each model's samples came out."""
-        counts: dict[str, dict[str, tuple[int, int, bool]]] = {}
-        for row in rows:
-            for tally in self.ledger.tallies(self._measurement(row).stage_id):
+        """The measured questions, with how each model's samples came out and what some of them were."""
+        counts: dict[str, dict[str, tuple[int, int, Status | None]]] = {}
+        stages = [self._measurement(row).stage_id for row in rows]
+        for row, stage in zip(rows, stages, strict=True):
+            greedy = self.ledger.greedy_statuses(stage)
+            for tally in self.ledger.tallies(stage):
                 if tally.n:
-                    counts.setdefault(tally.item_id, {})[row.name] = (tally.c, tally.n, bool(tally.greedy_correct))
+                    counts.setdefault(tally.item_id, {})[row.name] = (tally.c, tally.n, greedy.get(tally.item_id))
+        asked = {name: [item for item in items if item.id in counts] for name, items in self.measured.items()}
+        answers = choose_answers(self.ledger, stages, {n: [item.id for item in items] for n, items in asked.items()})
         return [
             Question(
                 item.id,
@@ -257,10 +271,10 @@ class Study(Run):
                 item.options,
                 item.images[0] if item.images else None,
                 counts[item.id],
+                answers.get(item.id),
             )
-            for stratum, items in sorted(self.measured.items())
+            for stratum, items in sorted(asked.items())
             for item in items
-            if item.id in counts
         ]
 
 

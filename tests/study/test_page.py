@@ -1,9 +1,11 @@
-"""The study's page in Chromium: it can be clicked through, saved from, and holds 10,000 questions."""
+"""The study's page in Chromium: it can be clicked through, saved from, and holds 10,000 questions with answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pages import CONTRAST, overflow
 from PIL import Image
 
 from medbridge.report.view import Estimate
+from medbridge.study.answers import STATUSES, Answers, choose_answers
 from medbridge.study.findings import find
 from medbridge.study.page import Question, render
 from medbridge.study.result import Cell, ChangeCell, ModelRow, Sight, StudyResult
@@ -45,23 +48,29 @@ def study() -> StudyResult:
     )  # fmt: skip
 
 
-def questions(count: int, image: str | None = None) -> list[Question]:
+def questions(count: int, image: str | None = None, answers: Mapping[str, Answers] | None = None) -> list[Question]:
     return [
         Question(
             f"d/test/{n}", STRATA[n % 2], f"Is number {n} </script> here?", "Yes", ("Yes", "No"), image,
-            {"base": (n % 9, 8, n % 2 == 0), "after SFT": (8, 8, True)},
+            {"base": (n % 9, 8, STATUSES[n % 3]), "after SFT": (n % 17, 16, STATUSES[n % 2])},
+            (answers or {}).get(f"d/test/{n}"),
         )
         for n in range(count)
     ]  # fmt: skip
 
 
+def data_of(page: str) -> Any:
+    """What the script of a page reads."""
+    return json.loads(page.split('<script type="application/json" id="items">')[1].split("</script>")[0])
+
+
 @pytest.fixture
 def open_study(show: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    def open_it(count: int, *window: Any) -> Any:
+    def open_it(count: int, *window: Any, answers: Mapping[str, Answers] | None = None) -> Any:
         picture = tmp_path / "picture.png"
         Image.new("L", (40, 30), 128).save(picture)
         page = tmp_path / "study.html"
-        page.write_text(render(study(), questions(count, str(picture))), encoding="utf-8")
+        page.write_text(render(study(), questions(count, str(picture), answers)), encoding="utf-8")
         return show(page, *window)
 
     return open_it
@@ -105,34 +114,231 @@ def test_drawings_are_saved(open_study: Callable[..., Any], tmp_path: Path, kind
         assert "support-limited" in saved.read_text(encoding="utf-8")
 
 
+ANSWERS = {
+    "d/test/1": Answers(
+        [
+            [
+                [-1, 1, 1, 0, "I think <answer>", ["No"], "</answer>"],
+                [4, 0, 0, 0, ["Yes"]],
+                [7, 2, None, 1, "what", {"gap": "9,000 characters left out"}, "?"],
+            ],
+            [[-1, 0, "an open answer", 0]],
+            [],
+        ],
+        whole=True,
+    ),
+    "d/test/2": Answers([[[-1, 0, 0, 0, ["Yes"]]], [], []], whole=False),
+}
+
+
+def focused(page: Any) -> str:
+    """The text of what has the focus."""
+    found: str = page.evaluate("document.activeElement.textContent")
+    return found
+
+
 @pytest.mark.browser
-def test_ten_thousand_questions(open_study: Callable[..., Any]) -> None:
+def test_a_question_opens_by_mouse(open_study: Callable[..., Any]) -> None:
+    page = open_study(12, answers=ANSWERS)
+    assert "completions of 2 of the 12 questions, of 1 of them the greedy ones alone" in page.inner_text("#questions")
+    button = page.locator(".entry button").nth(1)
+    detail = page.locator("#detail")
+    assert button.get_attribute("aria-expanded") == "false" and not detail.is_visible()
+    button.click()
+    assert button.get_attribute("aria-expanded") == "true" and button.get_attribute("aria-controls") == "detail"
+    assert detail.locator("h3").inner_text() == "Is number 1 </script> here?"
+    shown = detail.locator(".completions li")
+    assert [entry.split("\n")[0] for entry in shown.all_inner_texts()] == [
+        "✗ wrong",
+        "✓ right",
+        "\u2013 unreadable",
+        "✓ right",
+    ]
+    assert [entry.get_attribute("class") for entry in shown.all()] == ["wrong", "correct", "abstain", "correct"]
+    assert detail.locator(".read").all_inner_texts() == ["No", "Yes", "an open answer"]
+    assert detail.locator("mark").all_inner_texts() == ["No", "Yes"]
+    assert shown.locator(".text").all_inner_texts() == [
+        "I think <answer>No</answer>", "Yes", "what[… 9,000 characters left out …]?", "[empty]",
+    ]  # fmt: skip
+    assert "sample 5" in shown.nth(1).inner_text() and "cut off" in shown.nth(2).inner_text()
+    assert detail.locator("h4").all_inner_texts() == [
+        "base 1 of 8 right, greedy wrong", "after SFT 1 of 16 right, greedy wrong", "after RL not asked",
+    ]  # fmt: skip
+    assert detail.locator(".left-out").count() == 0 and "shown" in page.inner_text("#said")
+    page.locator(".entry button").nth(2).click()
+    assert button.get_attribute("aria-expanded") == "false"
+    assert "Sampled completions were left out" in detail.inner_text()
+    page.locator(".entry button").nth(3).click()
+    assert "The completions were left out" in detail.inner_text() and shown.count() == 0
+    page.locator(".entry button").nth(3).click()  # once more closes it
+    assert not detail.is_visible()
+    page.locator(".entry button").nth(1).click()
+    page.click("#detail-close")
+    assert not detail.is_visible() and "number 1 " in focused(page)
+
+
+@pytest.mark.browser
+def test_a_question_opens_by_keyboard(open_study: Callable[..., Any]) -> None:
+    page = open_study(100, answers=ANSWERS)
+    detail = page.locator("#detail")
+    page.focus("#filter-clear")
+    page.keyboard.press("Tab")  # one stop for the whole list
+    assert "number 0 " in focused(page)
+    page.keyboard.press("ArrowDown")
+    assert "number 1 " in focused(page)
+    page.keyboard.press("Enter")
+    assert detail.is_visible() and "number 1 " in focused(page)
+    assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "detail"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "detail-close"
+    page.keyboard.press("Escape")
+    assert not detail.is_visible() and "number 1 " in focused(page)
+    page.keyboard.press("Space")
+    assert detail.is_visible()
+    page.keyboard.press("End")
+    assert "number 99 " in focused(page) and page.locator('.entry[aria-posinset="100"]').count() == 1
+    page.keyboard.press("ArrowDown")
+    assert "number 99 " in focused(page)
+    page.focus("#detail")
+    page.keyboard.press("Escape")  # its row had left the page
+    assert not detail.is_visible() and "number 1 " in focused(page)
+    page.keyboard.press("PageDown")
+    page.keyboard.press("ArrowUp")
+    assert "number 6 " in focused(page)
+    page.evaluate("document.getElementById('viewport').scrollTop = 77 * 60")
+    page.wait_for_function("document.querySelector('#list').textContent.includes('number 61 ')")
+    assert "number 6 " in focused(page)  # scrolled away, not lost
+    page.keyboard.press("Home")
+    assert "number 0 " in focused(page) and page.evaluate("document.getElementById('viewport').scrollTop") == 0
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_open_question_can_be_read_and_printed(open_study: Callable[..., Any], width: int, scheme: str) -> None:
+    page = open_study(12, width, scheme, answers=ANSWERS)
+    page.locator(".entry button").nth(1).click()
+    assert overflow(page) <= 0
+    assert page.evaluate(CONTRAST) == []
+    page.emulate_media(media="print")
+    assert page.locator("#detail .completions").count() == 2 and page.locator("#detail mark").first.is_visible()
+    assert not page.locator("#viewport").is_visible() and not page.locator("#filters").is_visible()
+    inner, outer = page.evaluate("(d => [d.scrollHeight, d.clientHeight])(document.getElementById('detail'))")
+    assert inner <= outer + 1  # nothing of it is cut off on paper
+    page.emulate_media(media="screen")
+    page.click("#detail-close")
+    page.emulate_media(media="print")
+    assert not page.locator("#questions").is_visible()
+
+
+@pytest.mark.browser
+def test_hostile_completions(open_study: Callable[..., Any], answered: Callable[..., Any]) -> None:
+    text = "</script><img src=x onerror=alert(1)>\u202egnp.exe " + "long " * 2000 + "<b>Yes</b>"
+    ledger, stages = answered({"d/test/0": [(-1, "correct", text, "Yes"), (0, "wrong", "\x00" + "x" * 10_000, None)]})
+    answers = choose_answers(ledger, [*stages, *stages, *stages], {STRATA[0]: ["d/test/0"]})
+    page = open_study(2, answers=answers)
+    page.locator(".entry button").first.click()
+    first, second = page.locator("#detail .text").all_inner_texts()[:2]
+    assert first.startswith("</script><img src=x onerror=alert(1)>\ufffdgnp.exe long ") and first.endswith("<b>Yes</b>")
+    assert second.startswith("\ufffdxxx") and "characters left out" in second
+    assert max(len(first), len(second)) < 1000 and overflow(page) <= 0
+    assert page.locator("#detail img").count() == 1 and page.locator("#detail b").count() == 0
+
+
+@pytest.mark.browser
+def test_filters_let_through_what_they_say(open_study: Callable[..., Any]) -> None:
+    page = open_study(200)
+    known = [question.counts for question in questions(200)]
+
+    def gained(counts: Any) -> float:
+        (c, n, _), (d, m, _) = counts["base"], counts["after SFT"]
+        return float(Fraction(d, m) - Fraction(c, n))
+
+    wanted: dict[tuple[tuple[str, str], ...], Callable[[Any], bool]] = {
+        (("greedy", "right"),): lambda c: c["base"][2] == "correct",
+        (("greedy", "wrong"), ("model", "after SFT")): lambda c: c["after SFT"][2] == "wrong",
+        (("greedy", "unreadable"), ("model", "base")): lambda c: c["base"][2] == "abstain",
+        (("greedy", "right"), ("model", "after RL")): lambda c: False,
+        (("change", "gained"),): lambda c: gained(c) > 0,
+        (("change", "lost"),): lambda c: gained(c) < 0,
+        (("change", "lost"), ("before", "after SFT"), ("after", "base")): lambda c: gained(c) > 0,
+        (("change", "gained"), ("after", "after RL")): lambda c: False,
+        (("change", "lost"), ("greedy", "right"), ("fate", "some")): lambda c: (
+            gained(c) < 0 and c["base"][2] == "correct" and 0 < c["base"][0] < 8
+        ),
+    }
+    for chosen, holds in wanted.items():
+        for name, label in chosen:
+            page.select_option(f"#filter-{name}", label=label)
+        right = [number for number, counts in enumerate(known) if holds(counts)]
+        assert page.inner_text("#count") == f"{len(right)} of 200 questions", chosen
+        if right:
+            assert f"number {right[0]} " in page.locator(".entry").first.inner_text()
+        page.click("#filter-clear")
+        assert page.inner_text("#count") == "200 of 200 questions"
+    page.locator(".entry button").nth(4).click()
+    page.fill("#filter-text", "number 4 ")
+    assert page.locator("#detail").is_visible()
+    page.fill("#filter-text", "number 5 ")
+    assert not page.locator("#detail").is_visible()  # the question that was open is not among them
+
+
+@pytest.mark.browser
+def test_ten_thousand_questions(open_study: Callable[..., Any], answered: Callable[..., Any], tmp_path: Path) -> None:
     """Only those in view are in the page, whatever is filtered and wherever it is scrolled to."""
-    page = open_study(10_000)
+    text = "because of this and that " * 10 + "<answer>Yes</answer>"
+    said = {f"d/test/{n}": [(-1, "correct", text, "Yes"), (0, "wrong", text, "Yes")] for n in range(10_000)}
+    ledger, stages = answered(said, said)
+    names = {stratum: [f"d/test/{n}" for n in range(place, 10_000, 2)] for place, stratum in enumerate(STRATA)}
+    answers = choose_answers(ledger, [*stages, stages[0]], names)
+    assert 2000 < len(answers) < 10_000
+    page = open_study(10_000, answers=answers)
+    assert (tmp_path / "study.html").stat().st_size < 12_000_000
     entries = page.locator(".entry")
     assert page.inner_text("#count") == "10,000 of 10,000 questions"
     assert 5 < entries.count() < 40
     page.evaluate("document.getElementById('viewport').scrollTop = 77 * 5000")
-    page.wait_for_function("document.querySelector('.entry .what').textContent.includes('number 4996 ')")
+    page.wait_for_function("document.querySelector('.entry .what').textContent.includes('number 4994 ')")
     assert entries.count() < 40
+    page.locator(".entry button").nth(8).click()
+    assert entries.count() < 40 and page.locator("#detail").is_visible()
     page.fill("#filter-text", "number 9999 ")
     assert page.inner_text("#count") == "1 of 10,000 questions"
     assert "Is number 9999 </script> here?" in entries.first.inner_text()
     page.fill("#filter-text", "")
-    page.select_option("#filter-stratum", STRATA[1])
+    page.select_option("#filter-stratum", label=STRATA[1])
     assert page.inner_text("#count") == "5,000 of 10,000 questions"
-    page.select_option("#filter-stratum", "")
+    page.select_option("#filter-stratum", label="all")
     page.select_option("#filter-fate", "never")
     assert page.inner_text("#count") == "1,112 of 10,000 questions"
-    page.select_option("#filter-model", "after SFT")
+    page.select_option("#filter-model", label="after RL")
     assert page.inner_text("#count") == "0 of 10,000 questions"
     assert entries.count() == 0
 
 
+def test_whatever_the_texts_the_page_of_many_questions_stays_small(answered: Callable[..., Any]) -> None:
+    """Without pictures, which have a budget of 3 MB."""
+    hostile = "<</script>> " * 300
+    said = {f"d/test/{n}": [(-1, "wrong", hostile, None), (0, "wrong", "n\u00f6 " * 500, None)] for n in range(10_000)}
+    ledger, stages = answered(said)
+    answers = choose_answers(ledger, stages * 3, {STRATA[0]: list(said)})
+    many = [
+        replace(question, question=hostile, options=("Yes", "n\u00f6 " * 500))
+        for question in questions(10_000, answers=answers)
+    ]
+    page = render(study(), many)
+    assert 6_000_000 < len(page.encode()) < 9_000_000
+    cut = data_of(page)["items"][0]["question"]
+    assert 60 < len(cut) < 200 and cut.endswith("…")
+    few = data_of(render(study(), many[:5]))["items"][0]["question"]
+    assert few == hostile
+
+
 def test_what_the_script_reads_is_json_whatever_the_texts() -> None:
-    text = render(study(), questions(2))
-    content = text.split('<script type="application/json" id="items">')[1].split("</script>")[0]
-    assert json.loads(content)["items"][1]["question"] == "Is number 1 </script> here?"
+    content = data_of(render(study(), questions(2)))
+    assert content["items"][1]["question"] == "Is number 1 </script> here?"
 
 
 def test_an_empty_study() -> None:

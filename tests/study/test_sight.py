@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from medbridge.data import Item
 from medbridge.study.result import Sight
-from medbridge.study.sight import look
+from medbridge.study.sight import Asked, look
 
 COUNT = 60
 
@@ -47,13 +49,16 @@ def asked(split: str, count: int, question: str = "Is it even?") -> list[Item]:
     return [item(split, n, question, "Yes" if n % 2 == 0 else "No") for n in range(count)]
 
 
-def seen(informative: float, **changes: Any) -> dict[str, Sight | None]:
+def wanted(**changes: Any) -> Asked:
     given: dict[str, Any] = {
         "train": asked("train", COUNT), "validation": asked("validation", 20), "measured": {"s": asked("test", COUNT)},
         "cluster": lambda one: one.images[0], "min_images": 20, "alpha": 0.05, "replicates": 200, "seed": 0,
     }  # fmt: skip
-    given |= changes
-    return look(features(informative), given.pop("train"), given.pop("validation"), given.pop("measured"), **given)
+    return Asked(**{**given, **changes})
+
+
+def seen(informative: float, **changes: Any) -> dict[str, Sight | None]:
+    return look(features(informative), wanted(**changes))
 
 
 def test_features_that_show_the_answer() -> None:
@@ -111,3 +116,29 @@ def test_the_features_of_several_images_are_their_mean() -> None:
 def test_items_without_images_are_not_probed() -> None:
     bare = [item("train", n, "Is it even?", "Yes", images=0) for n in range(COUNT)]
     assert seen(6.0, train=bare) == {"s": None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": asked("train", COUNT - 1)}, {"validation": asked("validation", 19)},
+        {"measured": {"t": asked("test", COUNT)}}, {"measured": {"s": asked("test", COUNT, "Is it odd?")}},
+        {"cluster": lambda one: "all"}, {"min_images": 21}, {"alpha": 0.1}, {"replicates": 300}, {"seed": 1},
+    ],
+)  # fmt: skip
+def test_the_key_tells_all_that_is_asked_apart(change: dict[str, Any]) -> None:
+    assert wanted().key("encoder") == wanted().key("encoder")
+    assert wanted(**change).key("encoder") != wanted().key("encoder")
+    assert wanted().key("encoder") != wanted().key("another")
+
+
+def test_the_key_changes_with_the_images(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"one")
+    train = [replace(item("train", 0, "Is it?", "Yes"), images=(str(picture),))]
+    before = wanted(train=train).key("encoder")
+    assert wanted(train=train).key("encoder") == before
+    picture.write_bytes(b"another")
+    assert wanted(train=train).key("encoder") != before
+    picture.unlink()
+    assert wanted(train=train).key("encoder") != before

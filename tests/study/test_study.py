@@ -12,6 +12,7 @@ from rich.console import Console
 
 from medbridge.errors import MedbridgeError
 from medbridge.ledger import Ledger
+from medbridge.probe.probing import fit_linear
 from medbridge.progress import Reporter
 from medbridge.study import StudyConfig, StudyResult, run_study
 from medbridge.study.study import PAGE, RESULT, Study
@@ -65,6 +66,11 @@ def test_a_study_trains_measures_and_compares(run: Callable[..., StudyResult], t
     assert stored == json.loads(json.dumps(found.to_dict()))
     page = (tmp_path / "study" / PAGE).read_text()
     assert "two &lt;strata&gt;" in page and "<strata>" not in page
+    told = json.loads(page.split('id="items">')[1].split("</script>")[0])
+    assert len(told["items"]) == 12 and told["models"] == [row.name for row in found.models]
+    for item in told["items"]:
+        assert item["whole"] and [records[0][0] for records in item["answers"]] == [-1] * 4
+        assert [records[0][1] for records in item["answers"]] == [count[2] for count in item["counts"]]
 
 
 def test_a_finished_study_samples_nothing_again(run: Callable[..., StudyResult], tmp_path: Path) -> None:
@@ -72,6 +78,30 @@ def test_a_finished_study_samples_nothing_again(run: Callable[..., StudyResult],
     before = kinds(tmp_path / "study")
     assert run() == first
     assert kinds(tmp_path / "study") == before
+
+
+def test_probes_are_fitted_once(run: Callable[..., StudyResult], formed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = []
+
+    def fit(*inputs: Any) -> Any:
+        fitted.append(inputs)
+        return fit_linear(*inputs)
+
+    monkeypatch.setattr("medbridge.study.sight.fit_linear", fit)
+    models = {"formed": {"path": str(formed)}}
+    first = run(models=models, sight={"min_images": 2})
+    assert fitted and all(cell.sight is not None and cell.sight.items == 6 for cell in first.cells)
+    fitted.clear()
+    assert run(models=models, sight={"min_images": 2}) == first
+    assert run(models={**models, "again": models["formed"]}, sight={"min_images": 2}).cells[0] == first.cells[0]
+    assert not fitted
+    for changed in ({"min_images": 3}, {"min_images": 3, "layer": "before"}, {"min_images": 3, "pool": "max"}):
+        fitted.clear()
+        run(models=models, sight=changed)
+        assert fitted, changed
+    fitted.clear()
+    assert run(models=models, sight={"min_images": 7}).cells[0].sight is None  # no question has as many
+    assert not fitted
 
 
 def test_a_study_that_was_cut_off_goes_on(
