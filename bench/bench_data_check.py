@@ -4,7 +4,8 @@
 
 Half of the images are grey PNG files, half JPEG files in colour; all differ but for 100 copies of training images in
 the test split and 100 that are compressed anew, which the check must find and nothing else. Each run is a process of
-its own, from opening the questions to the printed report. Memory is its peak, also for a quarter of the data.
+its own, from opening the questions to the printed report. Memory is its peak, also for a quarter of the data. Seconds
+stand beside their target and are not asserted: on shared cores they say as much about the neighbours.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from measure import MIB, rounded
 from PIL import Image
 
 IMAGES, QUESTIONS, COPIES, ROUNDS, SIDE = 10_000, 10, 100, 2, 512
-MOST_SECONDS, MOST_MIB = 60.0, 200
-"""A minute for each 10,000 images on two cores, and what 10,000 images with 100,000 questions may add to a quarter."""
+TARGET_SECONDS, MOST_BYTES = 60.0, 600
+"""A minute for each 10,000 images on two cores, and what a question with its share of an image may add to the peak."""
 
 
 def picture(index: int) -> Image.Image:
@@ -96,6 +97,7 @@ def test_data_check(
     small, peak = (found["peak"] * 1024 / MIB for found in (check(quarter, 2)[1], report))
     assert len(report["shared_images"]) == COPIES and len(report["near_images"]) == COPIES
     assert len(report["shared_questions"]) == COPIES * QUESTIONS == len(report["near_questions"])
+    growth = (peak - small) * MIB / (QUESTIONS * (IMAGES - IMAGES // 4))
     figures = {
         "images": IMAGES,
         "questions": IMAGES * QUESTIONS,
@@ -103,10 +105,12 @@ def test_data_check(
         "load_average": rounded(os.getloadavg()[0]),
         "seconds": {f"{threads} thread(s)": [rounded(spent) for spent in taken] for threads, taken in seconds.items()},
         "processor_seconds": rounded(report["processor"]),
+        "target_seconds": TARGET_SECONDS,
         "peak_MiB": {str(IMAGES // 4): rounded(small), str(IMAGES): rounded(peak)},
+        "bytes_a_question": rounded(growth),
         "found": {"shared": len(report["shared_images"]), "near": len(report["near_images"])},
     }
     with capsys.disabled():
         print(f"\n{json.dumps(figures, indent=1)}")
     save("data_check", "pytest bench/bench_data_check.py -s", figures)
-    assert min(seconds[2]) < MOST_SECONDS and peak - small < MOST_MIB
+    assert growth < MOST_BYTES

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from medbridge.data.fingerprints import read_fingerprints
 from medbridge.data.items import SPLITS, Item, ItemSet
 from medbridge.data.leaks import Leaks, SharedQuestion, find_leaks
@@ -98,8 +100,7 @@ def check_items(
     files = list(dict.fromkeys(image for item in found.items for image in item.images))
     prints = read_fingerprints(files, threads=threads, progress=progress)
     leaks = find_leaks(found.items, prints)
-    ids = Counter(item.id for item in found.items)
-    duplicates = [item_id for item_id, count in ids.items() if count > 1]
+    ids = _repeated_ids(found.items)
     counts, untagged = _counts(found.items, strata)
     findings = [
         Finding("rows left out", True, [str(skip) for skip in found.skipped if not skip.known]),
@@ -107,7 +108,7 @@ def check_items(
         Finding(
             "ids given twice",
             True,
-            [f"the id {item_id!r} stands for {ids[item_id]} questions" for item_id in duplicates],
+            [f"the id {item_id!r} stands for {count} questions" for item_id, count in ids.items()],
         ),
         Finding("questions without a stratum", True, untagged),
         *_leak_findings(leaks),
@@ -116,11 +117,20 @@ def check_items(
         splits=counts,
         images=len(files),
         broken_images=prints.broken,
-        duplicate_ids=duplicates,
+        duplicate_ids=list(ids),
         skipped=[str(skip) for skip in found.skipped],
         leaks=leaks,
         findings=[finding for finding in findings if finding.lines],
     )
+
+
+def _repeated_ids(items: Sequence[Item]) -> dict[str, int]:
+    """The ids that several questions have, and how many."""
+    hashes = np.fromiter((hash(item.id) for item in items), np.int64, len(items))
+    values, counts = np.unique(hashes, return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    ids = Counter(item.id for item in items if hash(item.id) in suspects) if suspects else Counter[str]()
+    return {item_id: count for item_id, count in ids.items() if count > 1}
 
 
 def _leak_findings(leaks: Leaks) -> list[Finding]:

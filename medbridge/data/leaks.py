@@ -19,6 +19,7 @@ import numpy as np
 
 from medbridge.data.fingerprints import Fingerprints
 from medbridge.data.items import SPLITS, Item
+from medbridge.data.keys import KeyPositions, KeySides
 from medbridge.data.near import nearest
 
 ANY = "any"
@@ -118,15 +119,15 @@ def find_leaks(items: Sequence[Item], prints: Fingerprints) -> Leaks:
 
 
 class _Search:
-    """Sides are numbered and sets of them are the bits of a whole number, so that an image costs a few bytes."""
+    """Sides are numbered and sets of them are the bits of a whole number; of a question two hashes are kept."""
 
     def __init__(self, items: Sequence[Item], prints: Fingerprints) -> None:
         self._items = items
         self._prints = prints
-        names = [side(item) for item in items]
-        self._names = sorted(set(names), key=lambda name: (SPLITS.index(name.rpartition("/")[2]), name))
+        names = {side(item) for item in items}
+        self._names = sorted(names, key=lambda name: (SPLITS.index(name.rpartition("/")[2]), name))
         numbers = {name: number for number, name in enumerate(self._names)}
-        self._sides = [1 << numbers[name] for name in names]
+        self._sides = np.fromiter((numbers[side(item)] for item in items), np.int32, len(items))
         self._of_split = {
             split: sum(1 << number for name, number in numbers.items() if name.endswith(f"/{split}"))
             for split in SPLITS
@@ -135,22 +136,24 @@ class _Search:
         self._seen = [0] * len(prints.perceptual)  # sides of each image content
         for position in range(len(items)):
             for content in self._contents(position):
-                self._seen[content] |= self._sides[position]
+                self._seen[content] |= 1 << int(self._sides[position])
         self._near = {pair: self._near_images(*pair) for pair in _EARLIER}
 
+        self._keys, self._texts, compared = self._read_keys()
+        self._asked = KeyPositions(self._keys[compared], np.flatnonzero(compared).astype(np.int32))
+        self._asked_by = KeySides(self._keys[compared], self._sides[compared])
+
     def leaks(self) -> Leaks:
-        asked, texts = self._questions()
         found = Leaks()
         found.shared_images = self._shared_images()
         found.near_images = self._named_near()
-        for positions in asked.values():
-            if len(positions) > 1:
-                found.duplicates += self._duplicates(positions)
-                if len({self._items[position].split for position in positions}) > 1:
-                    found.shared_questions.append(self._shared_question(positions))
-        near_asked = self._near_questions(asked)
+        for positions in self._asked.several():
+            found.duplicates += self._duplicates(positions)
+            if len({self._items[position].split for position in positions}) > 1:
+                found.shared_questions.append(self._shared_question(positions))
+        near_asked = self._near_questions()
         found.near_questions = [self._shared_question([held, *seen]) for held, seen in near_asked.items()]
-        found.exposures = self._exposures(asked, texts, near_asked)
+        found.exposures = self._exposures(near_asked)
         return found
 
     def _contents(self, position: int) -> list[int]:
@@ -209,18 +212,19 @@ class _Search:
 
     # -- questions -------------------------------------------------------------------------------------------
 
-    def _questions(self) -> tuple[dict[bytes, list[int]], dict[bytes, int]]:
-        """Question with images -> positions; question with answer, whatever the images -> sides."""
-        asked: dict[bytes, list[int]] = defaultdict(list)
-        texts: dict[bytes, int] = defaultdict(int)
+    def _read_keys(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each item: question with images, question with answer whatever the images, and are its images all read."""
+        count = len(self._items)
+        asked, texts, compared = np.zeros(count, np.uint64), np.zeros(count, np.uint64), np.zeros(count, np.bool_)
         for position, item in enumerate(self._items):
             contents = self._contents(position)
             if len(contents) == len(item.images):
-                asked[_key(item, contents)].append(position)
-            texts[_key(item, normalised(item.answer))] |= self._sides[position]
-        return asked, texts
+                compared[position] = True
+                asked[position] = _key(item, contents)
+            texts[position] = _key(item, normalised(item.answer))
+        return asked, texts, compared
 
-    def _near_questions(self, asked: dict[bytes, list[int]]) -> dict[int, list[int]]:
+    def _near_questions(self) -> dict[int, list[int]]:
         """Position of a held-out item -> positions of the same question on near duplicates, in splits seen before."""
         found: dict[int, list[int]] = {}
         for (seen, held), near in self._near.items():
@@ -231,7 +235,7 @@ class _Search:
                 if item.split != held or len(contents) < len(item.images) or near.keys().isdisjoint(contents):
                     continue
                 replaced = [near[content][0] if content in near else content for content in contents]
-                others = [at for at in asked.get(_key(item, replaced), ()) if self._items[at].split == seen]
+                others = [at for at in self._asked.positions(_key(item, replaced)) if self._items[at].split == seen]
                 if others:
                     found.setdefault(position, []).extend(others)
         return found
@@ -251,9 +255,8 @@ class _Search:
 
     # -- counts ----------------------------------------------------------------------------------------------
 
-    def _exposures(
-        self, asked: dict[bytes, list[int]], texts: dict[bytes, int], near_asked: dict[int, list[int]]
-    ) -> list[Exposure]:
+    def _exposures(self, near_asked: dict[int, list[int]]) -> list[Exposure]:
+        texts = KeySides(self._texts, self._sides)
         counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
 
         def count(held: str, seen: int, what: str) -> None:
@@ -274,10 +277,10 @@ class _Search:
             count(held, exact, "items")
             count(held, near, "near_items")
             if exact or not item.images:
-                same = asked.get(_key(item, contents), ()) if len(contents) == len(item.images) else ()
-                count(held, self._union(same) & before, "questions")
+                same = self._asked_by.of(self._keys[position]) if len(contents) == len(item.images) else 0
+                count(held, same & before, "questions")
             count(held, self._union(near_asked.get(position, ())), "near_questions")
-            count(held, texts[_key(item, normalised(item.answer))] & before, "same_text")
+            count(held, texts.of(self._texts[position]) & before, "same_text")
         totals = Counter(side(item) for item in self._items)
         several = Counter(held for held, seen in counts if seen != ANY)
         return [
@@ -303,7 +306,7 @@ class _Search:
     def _union(self, positions: Sequence[int]) -> int:
         sides = 0
         for position in positions:
-            sides |= self._sides[position]
+            sides |= 1 << int(self._sides[position])
         return sides
 
 
@@ -315,8 +318,8 @@ def side(item: Item) -> str:
     return f"{item.dataset}/{item.split}"
 
 
-def _key(item: Item, rest: object) -> bytes:
-    """A question's hash: its text and options, in whatever order, and `rest`."""
+def _key(item: Item, rest: object) -> int:
+    """A question's hash, 64 bits: its text and options, in whatever order, and `rest`."""
     options = None if item.options is None else sorted(map(normalised, item.options))
     text = json.dumps([normalised(item.question), options, rest], ensure_ascii=False)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

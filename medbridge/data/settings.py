@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medbridge.data.images import ImageCheck
 from medbridge.data.importers.files import DicomSettings, FolderSettings, NiftiSettings
+from medbridge.data.importers.medmnist import MedMnistSettings
 from medbridge.data.prompts import PromptSettings
 
 SplitName = Literal["train", "validation", "test"]
 
-_ONLY = {"folder": ("images", "dicom", "nifti"), "dicom": ("dicom",), "nifti": ("nifti",)}
+_ONLY = {"folder": ("images", "dicom", "nifti"), "dicom": ("dicom",), "nifti": ("nifti",), "medmnist": ("medmnist",)}
 
 
 class SourceSettings(BaseModel):
@@ -55,6 +56,9 @@ class SourceSettings(BaseModel):
     )
     dicom: DicomSettings = Field(default_factory=DicomSettings, description="`dicom` only: how pixels become an image.")
     nifti: NiftiSettings = Field(default_factory=NiftiSettings, description="`nifti` only: which slices are taken.")
+    medmnist: MedMnistSettings = Field(
+        default_factory=MedMnistSettings, description="`medmnist` only: what images of several labels are asked."
+    )
     limit: int | None = Field(
         None, ge=1, description="At most this many questions of each split, evenly spaced over it."
     )

@@ -34,10 +34,11 @@ def open_items(settings: DataSettings, *, base_dir: Path, cache_dir: Path) -> It
     origin: dict[str, str] = {}
     for source in settings.sources:
         found: list[Item] = []
+        name = _name(source)
         for entry in read_source(settings, source, base_dir=base_dir, cache_dir=cache_dir):
             if isinstance(entry, Item) and entry.id in origin:
                 entry = Skip(
-                    _name(source),
+                    name,
                     None,
                     entry.id,
                     f"a question of the id {entry.id!r} is already there (from {origin[entry.id]}). "
@@ -50,10 +51,10 @@ def open_items(settings: DataSettings, *, base_dir: Path, cache_dir: Path) -> It
                     raise MedbridgeError(f"{entry} (Set `data.on_bad: skip` to leave bad rows out.)")
                 skipped.append(entry)
                 continue
-            origin[entry.id] = _name(source)
+            origin[entry.id] = name
             found.append(entry)
         if not found:
-            raise MedbridgeError(f"{_name(source)}: no question could be read ({_reasons(skipped)}).")
+            raise MedbridgeError(f"{name}: no question could be read ({_reasons(skipped)}).")
         items.extend(found if source.limit is None else evenly_spaced(found, source.limit))
     return ItemSet(items, skipped)
 
@@ -91,7 +92,7 @@ def read_source(
     if source.kind == "slake":
         yield from read_slake(path, image_root=root, check=settings.check_images)
     elif source.kind == "medmnist":
-        yield from read_medmnist(path, cache_dir, limit=source.limit)
+        yield from read_medmnist(path, cache_dir, limit=source.limit, every_finding=source.medmnist.findings == "all")
     elif source.kind == "images":
         yield from read_images(path, source.folder, check=settings.check_images)
     elif source.kind == "dicom":

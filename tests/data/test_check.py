@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,27 @@ def test_same_bytes_in_another_shape_are_another_image(tmp_path: Path, make_item
     two = str(make_png(tmp_path / "b.png", 1, (2, 6)))
     items = [make_item(images=(one,)), make_item(id="x", split="test", images=(two,))]
     assert check_items(ItemSet(items, [])).ok
+
+
+def test_memory_grows_by_less_than_200_bytes_a_question(tmp_path: Path, make_item: MakeItem, make_png: MakePng) -> None:
+    paths = [str(make_png(tmp_path / f"{number}.png", number)) for number in range(20)]
+
+    def peak(count: int) -> int:
+        items = [
+            make_item(
+                id=f"demo/{split}/{number}", split=split, images=(paths[number % 10 + 10 * (split == "test")],),
+                question=f"Is finding {number} there?",
+            )
+            for number in range(count // 2) for split in ("train", "test")
+        ]  # fmt: skip
+        tracemalloc.start()
+        try:
+            assert check_items(ItemSet(items, []), threads=1).ok
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(8000) - peak(2000) < 200 * 6000
 
 
 def test_description(found: ItemSet) -> None:

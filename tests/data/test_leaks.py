@@ -204,22 +204,40 @@ def test_near_duplicates_of_medmnist(real_data: Path, tmp_path: Path) -> None:
 
 
 def test_vqa_rad_as_published_shares_images(tmp_path: Path, scan: Callable[..., str]) -> None:
-    """VQA-RAD is one JSON list whose `phrase_type` tells test questions; both kinds ask about the same images."""
-    images = [Path(scan(f"synpic{number}.jpg", number, quality=92)).name for number in range(6)]
-    public = [
-        {"qid": number, "image_name": images[number % 6], "question": f"Is finding {number} there?", "answer": "Yes",
-         "phrase_type": "test_freeform" if number % 6 in (4, 5) or number == 13 else "freeform"}
-        for number in range(24)
+    """VQA-RAD is one JSON list beside a folder of images; `phrase_type` tells train from test, often of one image."""
+    root = tmp_path / "VQA-RAD"
+    (root / "VQA_RAD Image Folder").mkdir(parents=True)
+    names = [f"synpic{number}.jpg" for number in range(8)]
+    for number, name in enumerate(names):
+        Path(scan(name, number, quality=92)).rename(root / "VQA_RAD Image Folder" / name)
+    # One image is there under two names, as in a download that was mended by hand.
+    (root / "VQA_RAD Image Folder" / "synpic9.jpg").write_bytes((root / "VQA_RAD Image Folder" / names[7]).read_bytes())
+    asked = {
+        "synpic0.jpg": ("freeform", "para"),
+        "synpic1.jpg": ("freeform", "test_freeform"),
+        "synpic2.jpg": ("para", "test_para", "test_para"),
+        "synpic3.jpg": ("test_freeform", "test_para"),
+        "synpic4.jpg": ("freeform", "para", "test_freeform", "test_para"),
+        "synpic5.jpg": ("para",),
+        "synpic6.jpg": ("test_para",),
+        "synpic7.jpg": ("freeform",),
+        "synpic9.jpg": ("test_freeform",),
+    }
+    rows = [
+        {"qid": f"{name[6]}{number}", "image_name": name, "image_organ": "CHEST", "question_type": "PRES",
+         "answer_type": "CLOSED", "question": f"Is finding {number} there?", "answer": "Yes", "phrase_type": phrase}
+        for name, phrases in asked.items() for number, phrase in enumerate(phrases)
     ]  # fmt: skip
-    for row in public:
-        split = "test" if row["phrase_type"].startswith("test_") else "train"
-        line = {"dataset_name": "vqa_rad", "dataset_index": row["qid"], "image_paths": [row["image_name"]],
-                "question": row["question"], "answer": row["answer"]}  # fmt: skip
-        (tmp_path / "rad").mkdir(exist_ok=True)
-        with (tmp_path / "rad" / f"{split}.jsonl").open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
-    report = checked(tmp_path / "rad", tmp_path)
-    (shared,) = report.leaks.shared_images
-    assert Path(shared.files[0]).name == "synpic1.jpg" and shared.splits == ("train", "test")
-    assert shared.items["vqa_rad/test"] == ["vqa_rad/test/13"]
-    assert exposure(report, "vqa_rad/test", "vqa_rad/train").items == 1 and not report.ok
+    (root / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    source = SourceSettings(kind="table", path=str(root), mapping="vqa_rad")
+    report = check_items(open_items(DataSettings(sources=[source]), base_dir=root, cache_dir=tmp_path))
+
+    named = [{Path(file).name for file in entry.files} for entry in report.leaks.shared_images]
+    assert named == [{"synpic1.jpg"}, {"synpic2.jpg"}, {"synpic4.jpg"}, {"synpic7.jpg", "synpic9.jpg"}]
+    assert all(entry.splits == ("train", "test") for entry in report.leaks.shared_images)
+    ids = report.leaks.shared_images[1].items
+    assert ids == {"vqa_rad/train": ["vqa_rad/train/20"], "vqa_rad/test": ["vqa_rad/test/21", "vqa_rad/test/22"]}
+    found = exposure(report, "vqa_rad/test", "vqa_rad/train")
+    assert (found.images, found.items, found.of_items, found.near_images) == (4, 6, 9, 0)
+    lines = [line for line in report.problems if line.startswith("the same image is in train and test")]
+    assert not report.ok and len(lines) == 4 and "synpic9.jpg" in lines[3]

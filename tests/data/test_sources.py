@@ -120,6 +120,8 @@ def test_how_far_images_are_checked(root: Path, make_row: MakeRow, write_rows: W
         ({"kind": "slake"}, "needs `path`"),
         ({"kind": "medmnist", "path": "a", "image_root": "b"}, "takes no `image_root`"),
         ({"kind": "medmnist", "path": "a", "split": "test"}, "brings its own splits"),
+        ({"kind": "medmnist", "path": "a", "medmnist": {"findings": "two"}}, "'one' or 'all'"),
+        ({"kind": "slake", "path": "a", "medmnist": {"findings": "all"}}, "`medmnist` is for kind medmnist"),
         ({"kind": "brain", "path": "a"}, "built in"),
         ({"kind": "brain", "limit": 0}, "greater than or equal to 1"),
         ({"kind": "brain", "limt": 3}, "Extra inputs"),

@@ -27,6 +27,9 @@ MAX_HEADER_ELEMENTS = 20_000
 MAX_FRAMES = 64
 """Most frames of a sequence: a question with more images fits no model."""
 
+_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+"""How a window's values become grey levels, as a header may say."""
+
 _NOT_DICOM = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".md")
 
 
@@ -133,19 +136,42 @@ def _pixels(header: Any, frame: int, settings: DicomSettings) -> np.ndarray:
         values = apply_voi(values, header)
         image = stretched(values, float(values.min()), float(values.max()))
     else:
-        image = stretched(values, *_window(header, values, settings))
+        image = _windowed(header, values, settings)
     return 255 - image if photometric == "MONOCHROME1" else image
 
 
-def _window(header: Any, values: np.ndarray, settings: DicomSettings) -> tuple[float, float]:
-    """The values that become black and white (PS3.3 C.11.2.1.2, its linear function)."""
-    chosen = settings.window
+def _windowed(header: Any, values: np.ndarray, settings: DicomSettings) -> np.ndarray:
+    """Values as grey levels, uint8, by a window's centre c and width w (PS3.3 C.11.2.1.2 and C.11.2.1.3).
+
+    LINEAR is a ramp about c - 0.5 of the width w - 1, LINEAR_EXACT one about c of the width w, SIGMOID
+    1 / (1 + exp(-4 (x - c) / w)). A window that the settings name is LINEAR. Without a window, or with one whose
+    width its function does not allow, least and greatest value become black and white.
+    """
+    chosen, function = settings.window, "LINEAR"
     if chosen == "file" and header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
-        centre, width = header.WindowCenter, header.WindowWidth
-        # Of several windows the first is meant to be shown.
-        chosen = tuple(float(v[0] if hasattr(v, "__len__") else v) for v in (centre, width))  # type: ignore[assignment]
-    if isinstance(chosen, str) or chosen[1] < 1:
+        chosen = (float(_first(header.WindowCenter)), float(_first(header.WindowWidth)))
+        function = str(_first(header.get("VOILUTFunction")) or "LINEAR").strip().upper()
+    if function not in _FUNCTIONS:
+        raise MedbridgeError(
+            f"its VOI LUT Function is none of {', '.join(_FUNCTIONS)}. Choose `window: full` or [centre, width]."
+        )
+    if isinstance(chosen, str) or not _allowed(*chosen, function):
         finite = values[np.isfinite(values)]
-        return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        return stretched(values, float(finite.min()), float(finite.max())) if finite.size else stretched(values, 0, 1)
     centre, width = chosen
-    return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
+    if function == "SIGMOID":
+        # The same curve as a tangent, which can't overflow.
+        return stretched(np.tanh(2 / width * (values.astype(np.float64) - centre)), -1, 1)
+    if function == "LINEAR":
+        centre, width = centre - 0.5, width - 1
+    return stretched(values, centre - width / 2, centre + width / 2)
+
+
+def _allowed(centre: float, width: float, function: str) -> bool:
+    positive = width >= 1 if function == "LINEAR" else width > 0
+    return positive and bool(np.isfinite([centre, width]).all())
+
+
+def _first(value: Any) -> Any:
+    """Of several windows the first is meant to be shown."""
+    return value if isinstance(value, str) or not hasattr(value, "__len__") else value[0]

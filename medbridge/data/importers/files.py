@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from medbridge.data.images import ImageCheck, check_image, resolve_image
 from medbridge.data.importers.jsonl import SPLIT_NAMES
@@ -51,8 +51,10 @@ class DicomSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    window: Literal["file", "full"] | tuple[float, float] = Field(
-        "file", description="`file`: its own window, `full`: from least to greatest value, or [centre, width]."
+    window: Literal["file", "full"] | tuple[FiniteFloat, Annotated[FiniteFloat, Field(ge=1)]] = Field(
+        "file",
+        description="`file`: its own window and function, `full`: from least to greatest value, or [centre, width] of "
+        "a linear window, its width at least 1.",
     )
     frame: Literal["middle", "all"] | int = Field(
         "middle", description="Which frame of several: `middle`, a number from 0, or `all` as a sequence of images."

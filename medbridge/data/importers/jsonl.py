@@ -14,6 +14,7 @@ from typing import Any
 
 from medbridge.data.images import ImageCheck, check_image, resolve_image
 from medbridge.data.importers.lines import numbered_lines, parse_row, plain_text, shown
+from medbridge.data.interning import Interner
 from medbridge.data.items import SPLITS, Item, Skip
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
@@ -68,6 +69,7 @@ def read_jsonl(
     `image_root`. Raises MedbridgeError only if the file itself can't be read.
     """
     seen: set[str] = set()  # images already checked
+    interned = Interner()
     for number, raw in numbered_lines(file):
         item_id = None
         try:
@@ -75,7 +77,7 @@ def read_jsonl(
             if override:
                 row["split"] = split
             item_id = _row_id(row, split)
-            yield row_to_item(row, image_root, split=split, check=check, checked=seen)
+            yield row_to_item(row, image_root, split=split, check=check, checked=seen, interned=interned)
         except MedbridgeError as error:
             yield Skip(str(file), number, item_id, str(error))
 
@@ -87,13 +89,17 @@ def row_to_item(
     split: str | None = None,
     check: ImageCheck = "header",
     checked: set[str] | None = None,
+    interned: Interner | None = None,
 ) -> Item:
-    """The item of one row. `checked` collects the image paths found good, so that each is checked once.
+    """The item of one row. `checked` collects the image paths found good, so that each is checked once, and
+    `interned` what rows have in common, so that each is kept once.
 
     Raises MedbridgeError saying which key is wrong.
     """
     item_id = _row_id(row, split)
+    one = interned or Interner()
     options, labels = _options(row)
+    options = one(options)
     images = []
     for name in _image_names(row):
         path = resolve_image(image_root, name)
@@ -104,14 +110,14 @@ def row_to_item(
         images.append(path)
     return Item(
         id=item_id,
-        dataset=_text(row, "dataset_name"),
+        dataset=one(_text(row, "dataset_name")),
         split=_split(row, split),
-        question=_text(row, "question"),
-        answer=_answer(row, options, labels),
+        question=one(_text(row, "question")),
+        answer=one(_answer(row, options, labels)),
         options=options,
-        images=tuple(images),
-        tags=_tags(row),
-        floor=_floor(row, options),
+        images=one(tuple(images)),
+        tags=one.tags(_tags(row)),
+        floor=one(_floor(row, options)),
         trace=_trace(row),
     )
 

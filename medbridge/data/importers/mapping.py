@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -40,9 +41,16 @@ class TableMapping(BaseModel):
         None, description="Column of a list, an object or a text of options, or one column an option."
     )
     answer: str | None = Field(None, description="Column of the answer's text.")
-    answer_label: str | None = Field(None, description="Column of the right option's letter.")
+    answer_label: str | None = Field(
+        None, description="Column of the right option's letter, and without `answer` of the answer to open questions."
+    )
     answer_index: str | None = Field(None, description="Column of the right option's number, from 0.")
     yes_no: bool = Field(False, description="Answers yes and no become a choice of these two.")
+    where: dict[str, str] = Field(
+        default_factory=dict,
+        description="Column -> regular expression that all of its value matches; other rows are passed over. What its "
+        "named groups match become tags.",
+    )
     split: str | None = Field(None, description="Column of the split.")
     split_names: dict[str, _SplitName] = Field(default_factory=dict, description="Value of that column -> our split.")
     split_default: _SplitName | None = Field(None, description="Split of all other values.")
@@ -62,6 +70,11 @@ class TableMapping(BaseModel):
             raise ValueError("a letter or number needs `options` to name one of")
         if self.path and self.hub:
             raise ValueError("the data are at `path` or on the `hub`, not both")
+        for column, pattern in self.where.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"`where` of {column!r} is no regular expression ({error})") from error
         return self
 
 

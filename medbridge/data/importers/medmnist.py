@@ -14,14 +14,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 
 from medbridge.data.folder import ensure_folder, rebuild_folder
+from medbridge.data.importers.medmnist_sets import SETS, MedMnistSet
 from medbridge.data.items import Item, Skip
 from medbridge.data.sampling import even_positions
 from medbridge.errors import MedbridgeError
@@ -35,156 +36,37 @@ _MAX_ROWS = 10_000_000
 _CHUNK_BYTES = 8 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class MedMnistSet:
-    """One published set: what is asked, the classes by their label, and what kind of task and image it is."""
+class MedMnistSettings(BaseModel):
+    """What the images of a MedMNIST set that has several labels an image are asked about."""
 
-    question: str
-    classes: tuple[str, ...]
-    task_type: str
-    modality: str
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @property
-    def multi_label(self) -> bool:
-        return self.task_type.startswith("multi-label")
+    findings: Literal["one", "all"] = Field(
+        "one",
+        description="ChestMNIST: each image is asked about `one` of its 14 labels, so that yes is right about as often "
+        "as no, or about `all` of them, a question for each.",
+    )
 
 
-_ORGANS = (
-    "bladder",
-    "femur-left",
-    "femur-right",
-    "heart",
-    "kidney-left",
-    "kidney-right",
-    "liver",
-    "lung-left",
-    "lung-right",
-    "pancreas",
-    "spleen",
-)
+def read_medmnist(
+    file: Path, cache_dir: Path, *, limit: int | None = None, every_finding: bool = False
+) -> Iterator[Item | Skip]:
+    """The questions about a set's images, split by split; a Skip for a label that is none of the set's.
 
-SETS = {
-    "pathmnist": MedMnistSet(
-        "Which tissue does this image of a colon biopsy show?",
-        (
-            "adipose",
-            "background",
-            "debris",
-            "lymphocytes",
-            "mucus",
-            "smooth muscle",
-            "normal colon mucosa",
-            "cancer-associated stroma",
-            "colorectal adenocarcinoma epithelium",
-        ),
-        "multi-class",
-        "Pathology",
-    ),
-    "chestmnist": MedMnistSet(
-        "Does this chest X-ray show {finding}?",
-        (
-            "atelectasis",
-            "cardiomegaly",
-            "effusion",
-            "infiltration",
-            "mass",
-            "nodule",
-            "pneumonia",
-            "pneumothorax",
-            "consolidation",
-            "edema",
-            "emphysema",
-            "fibrosis",
-            "pleural",
-            "hernia",
-        ),
-        "multi-label, binary-class",
-        "X-Ray",
-    ),
-    "dermamnist": MedMnistSet(
-        "Which skin lesion does this dermatoscope image show?",
-        (
-            "actinic keratoses and intraepithelial carcinoma",
-            "basal cell carcinoma",
-            "benign keratosis-like lesions",
-            "dermatofibroma",
-            "melanoma",
-            "melanocytic nevi",
-            "vascular lesions",
-        ),
-        "multi-class",
-        "Dermatoscopy",
-    ),
-    "octmnist": MedMnistSet(
-        "What does this optical coherence tomography of a retina show?",
-        ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal"),
-        "multi-class",
-        "OCT",
-    ),
-    "pneumoniamnist": MedMnistSet(
-        "What does this chest X-ray of a child show?", ("normal", "pneumonia"), "binary-class", "X-Ray"
-    ),
-    "retinamnist": MedMnistSet(
-        "Which grade of diabetic retinopathy, 0 (none) to 4 (proliferative), does this fundus image show?",
-        ("0", "1", "2", "3", "4"),
-        "ordinal-regression",
-        "Fundus",
-    ),
-    "breastmnist": MedMnistSet(
-        "What does this ultrasound image of a breast show?",
-        ("malignant", "normal, benign"),
-        "binary-class",
-        "Ultrasound",
-    ),
-    "bloodmnist": MedMnistSet(
-        "Which blood cell does this microscope image show?",
-        (
-            "basophil",
-            "eosinophil",
-            "erythroblast",
-            "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)",
-            "lymphocyte",
-            "monocyte",
-            "neutrophil",
-            "platelet",
-        ),
-        "multi-class",
-        "Microscopy",
-    ),
-    "tissuemnist": MedMnistSet(
-        "Which cell of the kidney cortex does this microscope image show?",
-        (
-            "Collecting Duct, Connecting Tubule",
-            "Distal Convoluted Tubule",
-            "Glomerular endothelial cells",
-            "Interstitial endothelial cells",
-            "Leukocytes",
-            "Podocytes",
-            "Proximal Tubule Segments",
-            "Thick Ascending Limb",
-        ),
-        "multi-class",
-        "Microscopy",
-    ),
-    "organamnist": MedMnistSet("Which organ does this axial CT image show?", _ORGANS, "multi-class", "CT"),
-    "organcmnist": MedMnistSet("Which organ does this coronal CT image show?", _ORGANS, "multi-class", "CT"),
-    "organsmnist": MedMnistSet("Which organ does this sagittal CT image show?", _ORGANS, "multi-class", "CT"),
-}
-"""File name -> set. The classes are the published names, in the order of their labels."""
-
-_FINDINGS = {"pleural": "pleural thickening"}
-"""Published label -> how a question calls it, where the label alone is no noun."""
-
-
-def read_medmnist(file: Path, cache_dir: Path, *, limit: int | None = None) -> Iterator[Item | Skip]:
-    """One question for each image of a set, split by split; a Skip for a label that is none of the set's.
-
-    The images are written once as PNG files below `cache_dir`. With `limit`, only that many of each split
-    are, at even distances. ChestMNIST has fourteen labels an image; each image is asked about one of them,
-    see `chosen_findings`. Raises MedbridgeError if the name is no set's, or the archive is broken or not of
-    that set.
+    The images are written once as PNG files below `cache_dir`. With `limit`, only as many of each split as that
+    many questions need, at even distances. An image gets one question; ChestMNIST has fourteen labels an image
+    and asks about one of them, see `chosen_findings`, or with `every_finding` about each, the label in the id.
+    Raises MedbridgeError if the name is no set's, `every_finding` is wanted of a set with one label an image, or
+    the archive is broken or not of that set.
     """
     name, kind = recognise(file)
+    if every_finding and not kind.multi_label:
+        raise MedbridgeError(
+            f"{file}: `medmnist: {{findings: all}}` is for chestmnist and its several labels an image; {name} has one."
+        )
+    questions = _questions(kind)
+    if limit is not None and every_finding:
+        limit = -(-limit // len(questions))
     with _archive(file) as archive:
         labels = {split: _labels(file, archive, member, kind) for split, member in _MEMBERS.items()}
         wanted = {}
@@ -198,36 +80,46 @@ def read_medmnist(file: Path, cache_dir: Path, *, limit: int | None = None) -> I
             wanted[split] = even_positions(count, count if limit is None else limit)
         folder = _written_images(file, archive, name, wanted, cache_dir)
     for split, positions in wanted.items():
-        findings = chosen_findings(labels[split]) if kind.multi_label else None
+        one = chosen_findings(labels[split]) if kind.multi_label and not every_finding else None
         for position in positions:
             item_id = f"{name}/{split}/{position}"
-            image = str(folder / _image_name(split, position))
             row = labels[split][position]
-            if kind.multi_label and not np.isin(row, (0, 1)).all():
-                problem = f"{sorted(set(row.tolist()) - {0, 1})[0]} among its labels, which must be 0 or 1"
-            elif not kind.multi_label and not 0 <= row[0] < len(kind.classes):
-                problem = f"the label {row[0]}; {name} has the labels 0 to {len(kind.classes) - 1}"
-            else:
-                tags = {"task_type": kind.task_type, "modality": kind.modality}
-                question, options, answer = kind.question, kind.classes, kind.classes[int(row[0])]
-                if findings is not None:
-                    finding = kind.classes[findings[position]]
-                    question = question.format(finding=_FINDINGS.get(finding, finding))
-                    options, answer = ("Yes", "No"), "Yes" if row[findings[position]] else "No"
-                    tags["finding"] = finding
+            if problem := _label_problem(name, kind, row):
+                yield Skip(str(file), None, item_id, f"{_MEMBERS[split]} image {position} has {problem}.")
+                continue
+            images = (str(folder / _image_name(split, position)),)
+            for column in range(len(questions)) if one is None else [one[position]]:
+                question, options, tags = questions[column]
+                answer = ("No", "Yes")[row[column]] if kind.multi_label else kind.classes[row[0]]
                 yield Item(
-                    id=item_id,
+                    id=f"{item_id}-{kind.classes[column]}" if every_finding else item_id,
                     dataset=name,
                     split=split,
                     question=question,
                     answer=answer,
                     options=options,
-                    images=(image,),
+                    images=images,
                     tags=tags,
                     floor=1 / len(options),
                 )
-                continue
-            yield Skip(str(file), None, item_id, f"{_MEMBERS[split]} image {position} has {problem}.")
+
+
+def _questions(kind: MedMnistSet) -> list[tuple[str, tuple[str, ...], dict[str, str]]]:
+    """Question, options and tags: of a multi-label set for each of its labels, else the only ones."""
+    tags = {"task_type": kind.task_type, "modality": kind.modality}
+    if not kind.multi_label:
+        return [(kind.question, kind.classes, tags)]
+    return [(kind.question_about(finding), ("Yes", "No"), {**tags, "finding": finding}) for finding in kind.classes]
+
+
+def _label_problem(name: str, kind: MedMnistSet, row: np.ndarray) -> str | None:
+    """What is wrong with an image's labels, int64 [1] or [classes]."""
+    if kind.multi_label:
+        wrong = sorted(set(row.tolist()) - {0, 1})
+        return f"{wrong[0]} among its labels, which must be 0 or 1" if wrong else None
+    if 0 <= row[0] < len(kind.classes):
+        return None
+    return f"the label {row[0]}; {name} has the labels 0 to {len(kind.classes) - 1}"
 
 
 def recognise(file: Path) -> tuple[str, MedMnistSet]:

@@ -22,6 +22,7 @@ from medbridge.data.importers.jsonl import SPLIT_NAMES, row_to_item
 from medbridge.data.importers.lines import plain_text, shown
 from medbridge.data.importers.mapping import TableMapping
 from medbridge.data.importers.rows import SUFFIXES, Row, read_hub, read_rows, read_saved
+from medbridge.data.interning import Interner
 from medbridge.data.items import Item, Skip
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
@@ -46,26 +47,35 @@ def read_table(
     """The questions of `path` (a table, a folder of tables, a saved data set) or of the mapping's `hub` name.
 
     A row that holds no good question is a Skip, and so, as a known one, is a number of questions that isn't the
-    published one. Raises MedbridgeError if a file is broken or nothing is there.
+    published one and the number of rows passed over. Raises MedbridgeError if a file is broken or nothing is there.
     """
     cache = cache_dir / "table"
     root = image_root or (cache if path is None else path if path.is_dir() else path.parent)
     counts: Counter[str] = Counter()
     checked: set[str] = set()
+    interned = Interner()
     name = mapping.hub or str(path)
+    passed = 0
     for source, given, number, row in _all_rows(mapping, path):
         item_id = None
         try:
             if isinstance(row, MedbridgeError):
                 raise row
+            found = _wanted(mapping, row)
+            if found is None:
+                passed += 1
+                continue
             known, embedded = _row(mapping, row, given or split, number, cache)
+            known["tags"] |= found
             item_id = f"{known['dataset_name']}/{known['split']}/{known['dataset_index']}"
-            item = row_to_item(known, cache if embedded else root, check=check, checked=checked)
+            item = row_to_item(known, cache if embedded else root, check=check, checked=checked, interned=interned)
         except MedbridgeError as error:
             yield Skip(source, number, item_id, str(error))
             continue
         counts.update({item.dataset, f"{item.dataset}/{item.split}"})
         yield item
+    if passed:
+        yield Skip(name, None, None, f"{passed} rows were passed over, as `where` says.", known=True)
     for key, published in mapping.counts.items():
         # A file with one of the sets or splits only says nothing about the others.
         if counts[key] not in (0, published):
@@ -141,12 +151,24 @@ def _row(mapping: TableMapping, row: Row, given: str | None, number: int, cache:
         if mapping.yes_no and options is None and word in _YES_NO:
             known |= {"options": ["Yes", "No"], "answer": _YES_NO[word], "floor": None}
     if mapping.answer_label:
-        known["answer_label"] = _cell(row, mapping.answer_label)
+        key = "answer_label" if options is not None or mapping.answer else "answer"
+        known[key] = _cell(row, mapping.answer_label)
     if mapping.answer_index:
         known["answer_label"] = _letter(_cell(row, mapping.answer_index), options)
     if options is not None:
         known["floor"] = None
     return known, embedded
+
+
+def _wanted(mapping: TableMapping, row: Row) -> dict[str, str] | None:
+    """The tags that `where` finds in a row, None if the row is to be passed over."""
+    tags: dict[str, str] = {}
+    for column, pattern in mapping.where.items():
+        match = re.fullmatch(pattern, plain_text(_cell(row, column)) or "")
+        if match is None:
+            return None
+        tags |= {tag: text for tag, text in match.groupdict().items() if text}
+    return tags
 
 
 def _cell(row: Row, column: str) -> Any:

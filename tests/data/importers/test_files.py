@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from data.importers.malformed import dicom
 from PIL import Image
+from pydantic import ValidationError
 from pydicom.data import get_testdata_file
+from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
 from medbridge.data import DataSettings, ItemSet, SourceSettings, open_items
-from medbridge.data.importers.files import drawn_split
+from medbridge.data.importers.files import DicomSettings, drawn_split
 from medbridge.errors import MedbridgeError
 
 
@@ -80,6 +84,79 @@ def test_windows_and_monochrome1(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(found, "b"), 255 - expected)
 
 
+def as_shown(content: bytes) -> np.ndarray:
+    """The grey levels 0 to 255 that pydicom's own window makes of a file, turned round for MONOCHROME1."""
+    data = pydicom.dcmread(io.BytesIO(content))
+    values = apply_voi_lut(apply_modality_lut(data.pixel_array, data), data).astype(np.float64)
+    # pydicom spreads a window over all values that the file's pixels could have.
+    ends = np.array([-(2**15), 2**15 - 1] if data.PixelRepresentation else [0, 2**16 - 1])
+    low, high = ends * float(data.get("RescaleSlope", 1)) + float(data.get("RescaleIntercept", 0))
+    levels = np.round((values - low) / (high - low) * 255)
+    return 255 - levels if data.PhotometricInterpretation == "MONOCHROME1" else levels
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        (function, centre, width)
+        for function in (None, "LINEAR", "LINEAR_EXACT", "SIGMOID")
+        for centre, width in ((20.5, 11), (24, 1), (10, 0.5), (-40, 400), ([30, 5], [20, 7]), (300, 3), (-300, 3))
+        if np.min(width) >= 1 or function in ("LINEAR_EXACT", "SIGMOID")
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_windows_as_pydicom_applies_them(tmp_path: Path, window: tuple[Any, ...], photometric: str) -> None:
+    def windowed(data: Any) -> None:
+        function, data.WindowCenter, data.WindowWidth = window
+        data.PhotometricInterpretation = photometric
+        if function is not None:
+            data.VOILUTFunction = function
+
+    def signed(data: Any) -> None:
+        windowed(data)
+        data.RescaleSlope, data.RescaleIntercept, data.PixelRepresentation = 2, -10, 1
+        data.PixelData = (np.arange(48, dtype=np.int16) - 20).tobytes()
+
+    def other(data: Any) -> None:
+        data.Rows, data.Columns = 8, 6
+
+    for name, change in (("unsigned", windowed), ("signed", signed)):
+        content = dicom(change)
+        found = opened(dicoms(tmp_path / name, content, dicom(other)), kind="dicom")
+        difference = np.abs(pixels(found, "a") - as_shown(content))
+        # The two round at other places, so that a level on the edge of two may differ.
+        assert difference.max() <= 1 and (difference == 0).mean() > 0.9
+
+
+def test_the_functions_differ(tmp_path: Path) -> None:
+    def windowed(function: str) -> bytes:
+        def change(data: Any) -> None:
+            data.WindowCenter, data.WindowWidth, data.VOILUTFunction = 20, 16, function
+
+        return dicom(change)
+
+    shown = [as_shown(windowed(function)) for function in ("LINEAR", "LINEAR_EXACT", "SIGMOID")]
+    assert not np.array_equal(shown[0], shown[1]) and not np.array_equal(shown[1], shown[2])
+    root = dicoms(tmp_path / "d", windowed("SIGMOID"), windowed("CUBIC"))
+    with pytest.raises(MedbridgeError, match=r"none of LINEAR, LINEAR_EXACT, SIGMOID\. Choose `window: full`"):
+        opened(root, kind="dicom")
+    # A window of one's own is a linear one, whatever the file says, so that both show the same.
+    found = open_items(
+        DataSettings(sources=[SourceSettings(kind="dicom", path=".", dicom={"window": [20, 16]})], on_bad="skip"),
+        base_dir=root,
+        cache_dir=tmp_path / "cache",
+    )
+    assert len(found.items) == 1 and "the same as a file before it" in str(found.skipped[0])
+    np.testing.assert_array_equal(pixels(found, "a"), shown[0])
+
+
+@pytest.mark.parametrize("width", [0, -3, 0.5, float("nan"), float("inf")])
+def test_a_window_without_a_width_is_refused(width: float) -> None:
+    with pytest.raises(ValidationError, match=r"greater than or equal to 1|finite number"):
+        DicomSettings(window=(40, width))
+
+
 def test_frames_by_choice(tmp_path: Path) -> None:
     def frames(scale: int) -> bytes:
         def change(data: Any) -> None:
@@ -121,7 +198,7 @@ def test_a_row_whose_file_is_missing_names_no_patient(tmp_path: Path, name: str)
 
 
 def test_real_dicom_files(tmp_path: Path) -> None:
-    contents = [Path(get_testdata_file(name)).read_bytes() for name in ("CT_small.dcm", "MR_small.dcm")]
+    contents = [Path(str(get_testdata_file(name))).read_bytes() for name in ("CT_small.dcm", "MR_small.dcm")]
     found = opened(dicoms(tmp_path / "d", *contents), kind="dicom")
     assert len(found.items) == 2 and all(Image.open(item.images[0]).size[0] >= 64 for item in found.items)
 

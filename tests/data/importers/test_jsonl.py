@@ -149,6 +149,16 @@ def test_bad_line_is_a_skip_with_its_place(
     assert message in str(skip) and str(skip).startswith(f"{file}:3: ")
 
 
+def test_what_rows_have_in_common_is_kept_once(root: Path, make_row: MakeRow, write_rows: Callable[..., Path]) -> None:
+    rows = [make_row(dataset_index=number, tags={"modality": "CT"}) for number in range(2)]
+    other = make_row(dataset_index=2, options=["Edema", "Mass"], answer="Mass", answer_label="B", tags={})
+    found = list(read_jsonl(write_rows(root / "q.jsonl", [*rows, other]), image_root=root))
+    one, same, last = (item for item in found if isinstance(item, Item))
+    for name in ("dataset", "question", "answer", "options", "images", "tags", "floor"):
+        assert getattr(one, name) is getattr(same, name)
+    assert last.question is one.question and last.options == ("Edema", "Mass") and last.tags == {}
+
+
 def test_byte_order_mark_and_blank_lines(root: Path, make_row: MakeRow) -> None:
     (root / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(make_row()).encode() + b"\r\n\n  \n")
     (item,) = read_jsonl(root / "q.jsonl", image_root=root)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medbridge.data import Item, Skip, load_image
-from medbridge.data.importers.medmnist import SETS, chosen_findings, read_medmnist
+from medbridge.data import DataSettings, Item, ItemSet, Skip, SourceSettings, import_to_folder, load_image, open_items
+from medbridge.data.importers.medmnist import chosen_findings, read_medmnist
+from medbridge.data.importers.medmnist_sets import SETS
 from medbridge.errors import MedbridgeError
 
 COLOUR = {"pathmnist", "dermamnist", "retinamnist", "bloodmnist"}
@@ -208,6 +209,80 @@ def test_findings_are_asked_evenly(factor: float) -> None:
     for label in range(14):
         asked = answers[chosen == label]
         assert asked.sum() > 0 and abs(asked.mean() - share) < 0.06
+
+
+def chest(root: Path, labels: dict[str, Any], **source: Any) -> ItemSet:
+    """ChestMNIST with these labels, asked about all of them."""
+    content: dict[str, np.ndarray] = {}
+    for number, (split, values) in enumerate(labels.items()):
+        rows = np.asarray(values, np.uint8).reshape(-1, 14)
+        content[f"{split}_labels"] = rows
+        content[f"{split}_images"] = np.random.default_rng(number).integers(0, 256, (len(rows), 8, 8), np.uint8)
+    save(root / "chestmnist.npz", content)
+    source = {"kind": "medmnist", "path": "chestmnist.npz", "medmnist": {"findings": "all"}, **source}
+    data = DataSettings(sources=[SourceSettings(**source)], strata=["finding"], on_bad="skip")
+    return open_items(data, base_dir=root, cache_dir=root / "cache")
+
+
+def test_every_finding_of_every_image(tmp_path: Path) -> None:
+    findings = SETS["chestmnist"].classes
+    mixed = np.arange(14) % 3 == 0
+    found = chest(tmp_path, {"train": [mixed, np.ones(14), np.zeros(14)], "val": np.zeros(14), "test": np.ones(14)})
+    assert Counter(item.split for item in found.items) == {"train": 42, "validation": 14, "test": 14}
+    assert len({item.id for item in found.items}) == 70 == len(found.items)
+    first = found.items[:14]
+    assert [item.id for item in first] == [f"chestmnist/train/0-{finding}" for finding in findings]
+    assert [item.stratum(["finding"]) for item in first] == list(findings)
+    assert [item.answer == "Yes" for item in first] == mixed.tolist()
+    assert {item.images for item in first} == {found.items[0].images} != {found.items[14].images}
+    assert {item.answer for item in found.items[14:28]} == {item.answer for item in found.split("test")} == {"Yes"}
+    assert {item.answer for item in found.items[28:56]} == {"No"}
+    assert all(item.options == ("Yes", "No") and item.floor == 0.5 for item in found.items)
+    assert found.items[12].question == "Does this chest X-ray show pleural thickening?"
+    assert len(list((tmp_path / "cache").rglob("*.png"))) == 5
+
+
+def test_one_finding_is_the_default_and_its_ids_stay(tmp_path: Path) -> None:
+    labels = {"train": np.eye(14)[:3], "val": np.zeros(14), "test": np.ones(14)}
+    one = chest(tmp_path, labels, medmnist={})
+    ids = [*(f"chestmnist/train/{n}" for n in range(3)), "chestmnist/validation/0", "chestmnist/test/0"]
+    assert [item.id for item in one.items] == ids
+    # Each of its questions is one of the full set, about the same file.
+    asked = {(item.question, item.answer, item.images) for item in chest(tmp_path, labels).items}
+    assert {(item.question, item.answer, item.images) for item in one.items} <= asked
+
+
+@pytest.mark.parametrize(("limit", "images"), [(1, 1), (14, 1), (15, 2), (42, 3), (999, 3)])
+def test_a_limit_counts_questions_and_spreads_them_over_the_findings(tmp_path: Path, limit: int, images: int) -> None:
+    found = chest(tmp_path, {"train": np.eye(14)[:3], "val": np.eye(14)[:3], "test": np.eye(14)[:3]}, limit=limit)
+    train = found.split("train")
+    assert len(train) == min(limit, 42) and len({item.images for item in train}) == images
+    assert len({item.tags["finding"] for item in train}) == min(limit, 14)
+    assert len(list((tmp_path / "cache").rglob("*.png"))) == 3 * images
+
+
+def test_a_wrong_label_leaves_out_all_questions_of_its_image(tmp_path: Path) -> None:
+    found = chest(tmp_path, {"train": [np.full(14, 2), np.ones(14)], "val": np.ones(14), "test": np.ones(14)})
+    (skip,) = found.skipped
+    assert skip.item == "chestmnist/train/0" and "2 among its labels" in str(skip) and len(found.split("train")) == 14
+
+
+def test_every_finding_is_read_back_from_a_folder(tmp_path: Path) -> None:
+    found = chest(tmp_path, {"train": np.eye(14)[:2], "val": np.ones(14), "test": np.zeros(14)})
+    source = SourceSettings(kind="medmnist", path="chestmnist.npz", medmnist={"findings": "all"})
+    summary = import_to_folder(source, tmp_path / "out", base_dir=tmp_path, cache_dir=tmp_path / "cache")
+    assert summary.images == 4
+    data = DataSettings(sources=[SourceSettings(kind="jsonl", path="out")])
+    again = open_items(data, base_dir=tmp_path, cache_dir=tmp_path)
+    assert [(item.id, item.answer, item.tags) for item in again.items] == [
+        (item.id, item.answer, item.tags) for item in found.items
+    ]
+
+
+def test_every_finding_is_for_sets_of_several_labels(tmp_path: Path) -> None:
+    save(tmp_path / "breastmnist.npz", arrays("breastmnist"))
+    with pytest.raises(MedbridgeError, match=r"findings: all.* is for chestmnist .*; breastmnist has one"):
+        list(read_medmnist(tmp_path / "breastmnist.npz", tmp_path, every_finding=True))
 
 
 @pytest.mark.parametrize(

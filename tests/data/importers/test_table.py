@@ -85,7 +85,7 @@ def test_medvlthinker_eval_keeps_the_order_of_images(tmp_path: Path) -> None:
     assert sorted(skip.item or "" for skip in found.skipped) == ["medxpertqa_mm", "slake"]
 
 
-def test_medxpertqa_and_mmmu(tmp_path: Path, make_png: Callable[..., Path]) -> None:
+def test_medxpertqa_as_published(tmp_path: Path, make_png: Callable[..., Path]) -> None:
     make_png(tmp_path / "images" / "MM-2000-a.jpeg")
     row = {
         "id": "MM-2000", "question": "A woman ...", "options": dict(zip("ABCDE", "vwxyz", strict=True)), "label": "D",
@@ -96,15 +96,100 @@ def test_medxpertqa_and_mmmu(tmp_path: Path, make_png: Callable[..., Path]) -> N
     (tmp_path / "MM" / "test.jsonl").write_text(json.dumps(row) + "\n")
     item = only(tmp_path, path=".", mapping="medxpertqa_mm")
     assert (item.answer, item.floor, item.tags["body_system"]) == ("y", 0.2, "Digestive")
-    images = {f"image_{n}": {"bytes": png(n), "path": None} if n < 3 else None for n in range(1, 8)}
-    mmmu = {
-        "id": "validation_Pharmacy_1", "question": "<image 1>?", "options": "['one', \"two's\"]", "answer": "B",
-        "subfield": "Pharmacy", "question_type": "multiple-choice", "topic_difficulty": "Easy", **images,
+
+
+MEDICAL = (
+    "Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health",
+)  # fmt: skip
+
+
+def mmmu_row(subject: str, split: str, number: int, **changes: Any) -> dict[str, Any]:
+    """A row of MMMU in its published form: seven columns of images, options as a Python text."""
+    images = {f"image_{n}": {"bytes": png(n), "path": f"{n}.png"} if n == 1 else None for n in range(1, 8)}
+    return {
+        "id": f"{split}_{subject}_{number}", "question": "What does <image 1> show?",
+        "options": "['one', \"two's\", '<image 1>']", "explanation": "", **images, "img_type": "['Body Scans']",
+        "answer": "?" if split == "test" else "B", "topic_difficulty": "Easy", "question_type": "multiple-choice",
+        "subfield": "Anatomy", **changes,
     }  # fmt: skip
+
+
+def mmmu_folder(root: Path, *, merged: bool) -> Path:
+    """MMMU of six subjects, one of them not medical: a folder each (MMMU/MMMU) or all together (lmms-lab/MMMU)."""
+    for split, count in (("dev", 1), ("validation", 3), ("test", 2)):
+        tables = {
+            subject: [mmmu_row(subject, split, number) for number in range(1, count + 1)]
+            for subject in (*MEDICAL, "Accounting")
+        }
+        if merged:
+            tables = {"data": [row for rows in tables.values() for row in rows]}
+        for folder, rows in tables.items():
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), root / folder / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_mmmu_takes_the_medical_subjects_only(tmp_path: Path, merged: bool) -> None:
+    found = opened(mmmu_folder(tmp_path / "MMMU", merged=merged), path=".", mapping="mmmu_medical")
+    assert [len(found.split(name)) for name in ("train", "validation", "test")] == [5, 15, 0]
+    assert {item.tags["subject"] for item in found.items} == set(MEDICAL)
+    item = next(item for item in found.items if item.id == "mmmu_medical/validation/validation_Pharmacy_1")
+    assert (item.answer, item.options, item.floor) == ("two's", ("one", "two's", "<image 1>"), 1 / 3)
+    assert item.tags == {
+        "subfield": "Anatomy", "question_type": "multiple-choice", "difficulty": "Easy", "subject": "Pharmacy",
+    }  # fmt: skip
+    said = [str(skip) for skip in found.skipped]
+    assert all(skip.known for skip in found.skipped) and len(said) == 3
+    assert "4 rows were passed over" in said[0] and "15 questions were read, 150 are published" in said[2]
+
+
+def test_mmmu_keeps_several_images_in_order_and_open_questions(tmp_path: Path) -> None:
+    images = {f"image_{n}": {"bytes": png(9 - n), "path": None} for n in (1, 2, 4)}
+    rows = [
+        mmmu_row("Pharmacy", "validation", 1, question="<image 2> or <image 1>, not <image 4>?", **images),
+        mmmu_row("Pharmacy", "validation", 2, question_type="open", options="[]", answer="Transformation"),
+    ]
     (tmp_path / "Pharmacy").mkdir()
-    pq.write_table(pa.Table.from_pylist([mmmu]), tmp_path / "Pharmacy" / "validation-00000-of-00001.parquet")
-    item = only(tmp_path, path=".", mapping="mmmu_medical")
-    assert item.answer == "two's" and len(item.images) == 2 and item.split == "validation"
+    file = tmp_path / "Pharmacy" / "validation-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    several, open_one = opened(tmp_path, path=str(file), mapping="mmmu_medical").items
+    assert [load_image(path).getpixel((0, 0))[0] for path in several.images] == [8, 7, 5]
+    assert several.question == "<image 2> or <image 1>, not <image 4>?"
+    assert (open_one.options, open_one.answer, open_one.floor) == (None, "Transformation", 0.0)
+    assert open_one.tags["question_type"] == "open"
+    # The choices only, by the mapping that docs/data.md shows.
+    subjects = "(dev|validation)_(Basic_Med|Clinical_Med|Diagnostics|Pharmacy|Public_Health).*"
+    where = {"id": subjects, "question_type": "multiple-choice"}
+    own = {"base": "mmmu_medical", "path": str(file), "where": where, "counts": {}}
+    (tmp_path / "choices.yaml").write_text(yaml.safe_dump(own))
+    assert only(tmp_path, path="choices.yaml").id == several.id
+
+
+def test_another_subject_of_mmmu_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "validation-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist([mmmu_row("Accounting", "validation", 1)]), file)
+    with pytest.raises(MedbridgeError, match=r"no question could be read .*1 rows were passed over, as `where` says"):
+        opened(tmp_path, path=str(file), mapping="mmmu_medical")
+
+
+def test_where_of_a_mapping(tmp_path: Path, make_png: Callable[..., Path]) -> None:
+    make_png(tmp_path / "a.png")
+    rows = [{"i": "a.png", "q": f"{number}?", "a": "x", "lang": lang, "year": 2000 + number}
+            for number, lang in enumerate(("en", "zh", "en", None))]  # fmt: skip
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    mapping = {"path": "t.json", "question": "q", "images": "i", "answer": "a", "split_default": "test"}
+
+    def questions(where: Any) -> list[str]:
+        (tmp_path / "m.yaml").write_text(yaml.safe_dump({**mapping, "where": where}))
+        return [item.question for item in opened(tmp_path, path="m.yaml").items]
+
+    assert questions({}) == ["0?", "1?", "2?", "3?"]
+    assert questions({"lang": "en"}) == ["0?", "2?"] and questions({"lang": "en|zh", "year": "200[12]"}) == ["1?", "2?"]
+    with pytest.raises(MedbridgeError, match="no column 'language'"):
+        questions({"language": "en"})
+    with pytest.raises(MedbridgeError, match=r"`where` of 'lang' is no regular expression"):
+        questions({"lang": "("})
 
 
 def test_a_saved_data_set_and_a_mapping_of_ones_own(tmp_path: Path) -> None:
