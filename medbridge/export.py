@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from medbridge.errors import MedbridgeError
 from medbridge.ledger import TRAINING, Ledger, Stage
@@ -105,6 +104,8 @@ def _model(path: str, out: Path, dtype: DtypeName | None, *, inside: bool) -> st
     """A folder of the run is copied where its type stays: it is what is wanted. Anything else is loaded and saved."""
     if dtype is None and inside:
         shutil.copytree(path, out)
+        from transformers import AutoConfig
+
         return str(AutoConfig.from_pretrained(out).dtype).removeprefix("torch.")
     held: Literal["float32", "bfloat16"] = "bfloat16" if dtype == "bfloat16" else "float32"
     policy = Policy.load(path, ModelSettings(device="cpu", dtype=held))

@@ -15,8 +15,10 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _library: torch.library.Library | None = None  # the schemas live as long as this object
 
@@ -51,6 +53,8 @@ def _declare_torchvision_schemas() -> None:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
+    import torch
+
     _forget("torchvision")
     _library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):

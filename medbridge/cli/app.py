@@ -6,16 +6,33 @@ import logging
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from medbridge import __version__
 from medbridge.cli.common import escaped, stderr, stdout, together
 from medbridge.errors import MedbridgeError
 
+_ORDER = (
+    "demo", "run", "diagnose", "bridge", "sharpen", "evaluate", "probe", "study", "report", "export", "data", "config",
+)  # fmt: skip
+
+
+class _InOrderOfUse(TyperGroup):
+    """Lists commands as one meets them; those that are not named come last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        def place(name: str) -> int:
+            return _ORDER.index(name) if name in _ORDER else len(_ORDER)
+
+        return sorted(super().list_commands(ctx), key=place)
+
+
 app = typer.Typer(
     name="medbridge",
+    cls=_InOrderOfUse,
     help="Measure what a medical vision-language model can reach; bridge it (SFT) or sharpen it (RL); measure again.",
     no_args_is_help=True,
     rich_markup_mode="markdown",

@@ -1,24 +1,34 @@
 """Vision-language models: loading any Hugging Face one, making a small one, encoding prompts for it.
 
-Importing this package imports transformers; `medbridge.torchvision_ops` comes first and does not.
+Whatever here needs transformers imports it when it is first asked for; `medbridge.torchvision_ops` comes right before.
 """
 
 from __future__ import annotations
 
-from medbridge.torchvision_ops import declare
+from typing import TYPE_CHECKING
 
-declare()  # before transformers looks at torchvision
+from medbridge.declare_first import declare_first
+from medbridge.lazy import lazy
+from medbridge.model.settings import FromNothing, LoraSettings, ModelSettings
 
-from medbridge.model.initialise import FromNothing, init_model  # noqa: E402
-from medbridge.model.policy import (  # noqa: E402
-    EncodedPrompt,
-    LoraSettings,
-    ModelSettings,
-    Policy,
-    pick_device,
-    pick_dtype,
+declare_first()
+
+if TYPE_CHECKING:
+    from medbridge.model.initialise import init_model
+    from medbridge.model.policy import EncodedPrompt, Policy, pick_device, pick_dtype
+    from medbridge.model.prompter import Prompter
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "EncodedPrompt": "policy",
+        "Policy": "policy",
+        "Prompter": "prompter",
+        "init_model": "initialise",
+        "pick_device": "policy",
+        "pick_dtype": "policy",
+    },
 )
-from medbridge.model.prompter import Prompter  # noqa: E402
 
 __all__ = [
     "EncodedPrompt", "FromNothing", "LoraSettings", "ModelSettings", "Policy", "Prompter", "init_model", "pick_device",

@@ -10,17 +10,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from medbridge.errors import MedbridgeError
-
-Architecture = Literal["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "gemma3"]
+from medbridge.model.settings import FromNothing
 
 QWEN_SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -72,29 +70,6 @@ _GEMMA_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}
 """
-
-
-class FromNothing(BaseModel):
-    """The shape of a model made from nothing."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    architecture: Architecture = Field(
-        "qwen2_5_vl", description="Model family: qwen2_5_vl, qwen2_vl, qwen3_vl or gemma3."
-    )
-    vocab_size: int = Field(
-        640, ge=320, description="Tokenizer entries: 256 bytes, merges learnt from the data, special tokens."
-    )
-    hidden_size: int = Field(128, ge=32, multiple_of=32, description="Width of the language model.")
-    layers: int = Field(3, ge=1, description="Layers of the language model.")
-    vision_hidden_size: int = Field(128, ge=32, multiple_of=32, description="Width of the vision tower.")
-    vision_layers: int = Field(2, ge=1, description="Layers of the vision tower.")
-    image_size: int = Field(56, ge=28, multiple_of=14, description="Side in pixels to which images are resized.")
-    format_steps: int = Field(
-        0,
-        ge=0,
-        description="SFT steps with answers drawn at random, which teach the answer form and no knowledge.",
-    )
 
 
 def init_model(out: Path, shape: FromNothing, texts: Iterable[str], *, seed: int) -> Path:

@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
@@ -29,61 +28,14 @@ from medbridge.errors import MedbridgeError
 from medbridge.model import liger
 from medbridge.model.allocator import give_freed_memory_back, keep_freed_memory
 from medbridge.model.attention import packed_arguments, use_packed_attention
-from medbridge.model.initialise import FromNothing, replace_folder
+from medbridge.model.initialise import replace_folder
 from medbridge.model.packing import PackedBatch, merge_vision, pack, plan
 from medbridge.model.prompter import Prompter
+from medbridge.model.settings import ModelSettings
 from medbridge.model.shape import patches_of_frames, vision_depth, vision_width
 
 BANNED_LOGIT = -1e9
 """Logit of a token that must not be sampled. Finite, so that p * log p stays 0 and not NaN in the entropy."""
-
-
-class LoraSettings(BaseModel):
-    """Low-rank adapters (PEFT) trained in place of the whole model; merged when a stage ends."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rank: int = Field(16, ge=1, description="Rank of the adapters.")
-    alpha: float = Field(32, gt=0, description="Scale numerator: updates are scaled by alpha / rank.")
-    rank_stabilised: bool = Field(
-        False,
-        description="Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732), so that larger ranks keep learning.",
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input during training.")
-    targets: str | list[str] = Field(
-        r"^(?!.*visual|.*vision).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$",
-        description="Modules that get adapters: a regular expression or a list of module names.",
-    )
-
-
-class ModelSettings(BaseModel):
-    """Which model is measured and trained, and how it is held in memory."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str | None = Field(
-        None, description="Hugging Face model id or folder; null makes a small model from nothing."
-    )
-    from_nothing: FromNothing = Field(
-        default_factory=FromNothing, description="Shape of the model made from nothing when path is null."
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Compute type; auto is bfloat16 on CUDA and float32 elsewhere."
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="Attention back end of transformers; auto takes flash-attn on CUDA if installed."
-    )
-    freeze_vision: bool = Field(False, description="Leave the vision tower as it is in training.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, about a third slower."
-    )
-    liger: bool | Literal["auto"] = Field(
-        "auto",
-        description="Liger's fused norms, gated MLPs and rotary embeddings in training; auto takes them on CUDA if "
-        "liger-kernel is installed.",
-    )
-    lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of all weights.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import medbridge.model  # noqa: F401  (first: it prepares torchvision before transformers is imported)
+from medbridge.lazy import lazy
 from medbridge.rollout.engine import (
     GREEDY,
     Engine,
@@ -13,9 +16,13 @@ from medbridge.rollout.engine import (
     Rollout,
     SamplingSettings,
 )
-from medbridge.rollout.pool import Pool
 from medbridge.rollout.settings import FailureSettings, RolloutSettings, ServerSettings, VllmSettings
-from medbridge.rollout.transformers import TransformersEngine
+
+if TYPE_CHECKING:
+    from medbridge.rollout.pool import Pool
+    from medbridge.rollout.transformers import TransformersEngine
+
+__getattr__ = lazy(__name__, {"Pool": "pool", "TransformersEngine": "transformers"})
 
 __all__ = [
     "GREEDY", "Engine", "EngineFailure", "EngineStats", "FailureSettings", "Graded", "Pool", "Request", "Rollout",

@@ -8,12 +8,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from medbridge.errors import MedbridgeError
 from medbridge.rollout.engine import Engine, EngineFailure, EngineStats, Request, Rollout, SamplingSettings
 from medbridge.rollout.settings import FailureSettings
 from medbridge.rollout.sharing import Portion, Share
-from medbridge.rollout.weights import Weights
+
+if TYPE_CHECKING:
+    from medbridge.rollout.weights import Weights
 
 STATS_S = 0.5
 """Seconds between two looks at the counts of an engine that is sampling: a look may be a question to its process."""

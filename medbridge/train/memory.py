@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from medbridge.errors import MedbridgeError
-from medbridge.model.policy import LoraSettings, ModelSettings, pick_device, pick_dtype
+from medbridge.model.policy import pick_device, pick_dtype
+from medbridge.model.settings import LoraSettings, ModelSettings
 from medbridge.train.activations import MicroBatch, activations
 from medbridge.train.engine_memory import EngineMemory, Sampling, engine_memory
 from medbridge.train.parameters import is_vision
@@ -25,7 +26,7 @@ from medbridge_kernels.linear import DEFAULT_BUDGET
 
 if TYPE_CHECKING:
     from medbridge.train.rl_settings import RlSettings
-    from medbridge.train.sft import SftSettings
+    from medbridge.train.settings import SftSettings
 
 GIB = 1 << 30
 _MASTER = 4

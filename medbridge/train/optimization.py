@@ -7,65 +7,26 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from medbridge.errors import MedbridgeError
-from medbridge.model.policy import ModelSettings, Policy
+from medbridge.model.policy import Policy
+from medbridge.model.settings import ModelSettings
 from medbridge.train.checkpoints import Checkpoint, Checkpoints, checkpoints, give_parts
 from medbridge.train.ema import Ema
 from medbridge.train.generators import generator_states, restore_generators, seed_generators
 from medbridge.train.parameters import add_adapters, make_optimizer, trained_parameters
 from medbridge.train.ranks import Ranks
-from medbridge.train.schedule import ScheduleName, rate_factor
+from medbridge.train.settings import OptimizerSettings
 from medbridge.train.tensor_files import Stored
 
 _RANK_SEEDS = 1_000_003  # further apart than a stage has steps
 
 __all__ = ["OptimizerSettings", "Shuffle", "Trainable", "checkpoints"]
-
-
-class OptimizerSettings(BaseModel):
-    """AdamW and its schedule; the part that bridging and sharpening share."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
-    vision_learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate of the vision tower; null is the same."
-    )
-    schedule: ScheduleName = Field(
-        "cosine",
-        description="Learning rate after the warm-up: constant, or down to a tenth along half a cosine or a line.",
-    )
-    warmup_steps: int = Field(10, ge=0, description="Steps over which the learning rate rises from 0.")
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw",
-        description="AdamW with float32 states, or with 8-bit ones at a quarter of the memory (bitsandbytes, GPU).",
-    )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay; of matrices only.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient average.")
-    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's decay of the squared-gradient average.")
-    max_gradient_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    max_skipped_steps: int = Field(
-        3,
-        ge=1,
-        description="An update whose loss or gradient is not finite is skipped; so many in a row stop the run.",
-    )
-    checkpoint_every: int = Field(
-        50, ge=1, description="Steps between checkpoints: what a killed stage has to train again at most."
-    )
-    keep_checkpoints: int = Field(
-        2, ge=1, description="Newest checkpoints kept. With 1 there is none to fall back to when its file is damaged."
-    )
-
-    def factor(self, step: int, steps: int) -> float:
-        """Share of each parameter group's peak rate at optimizer step `step` (counted from 1) of `steps`."""
-        return rate_factor(self.schedule, step, steps, self.warmup_steps)
 
 
 class Trainable:

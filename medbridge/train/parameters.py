@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from medbridge.errors import MedbridgeError
-from medbridge.model.policy import LoraSettings, ModelSettings, Policy
+from medbridge.model.policy import Policy
+from medbridge.model.settings import LoraSettings, ModelSettings
 
 if TYPE_CHECKING:
-    from medbridge.train.optimization import OptimizerSettings
+    from medbridge.train.settings import OptimizerSettings
 
 
 def add_adapters(policy: Policy, settings: LoraSettings, seed: int) -> Any:

@@ -16,7 +16,8 @@ from medbridge.data.images import ImageCache
 from medbridge.data.items import Item
 from medbridge.data.prompts import PromptSettings
 from medbridge.errors import MedbridgeError
-from medbridge.model.policy import ModelSettings, Policy
+from medbridge.model.policy import Policy
+from medbridge.model.settings import ModelSettings
 from medbridge.rollout.engine import SamplingSettings
 from medbridge.train.groups import GroupSampler, Rollouts
 from medbridge.train.learner import Learner

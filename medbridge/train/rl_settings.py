@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from medbridge.errors import MedbridgeError
-from medbridge.train.optimization import OptimizerSettings
 from medbridge.train.schedule import ScheduleName
-from medbridge.train.sft import TOKENS
-from medbridge_kernels import LossConfig
+from medbridge.train.settings import TOKENS, OptimizerSettings
+
+if TYPE_CHECKING:
+    from medbridge_kernels import LossConfig
 
 
 class RlSettings(OptimizerSettings):
@@ -210,6 +211,8 @@ class RlSettings(OptimizerSettings):
         return self
 
     def loss_config(self) -> LossConfig:
+        from medbridge_kernels import LossConfig  # brings torch with it
+
         return LossConfig.preset(
             self.loss, kl_coef=self.kl_coefficient, correction=self.correction, correction_level=self.correction_level,
             correction_cap=self.correction_cap, correction_floor=self.correction_floor,

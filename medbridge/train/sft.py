@@ -8,19 +8,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from medbridge.data.images import ImageCache
 from medbridge.data.items import Item, Permutation
 from medbridge.data.prompts import PromptSettings
-from medbridge.model.policy import BANNED_LOGIT, ModelSettings, OutputLayer, Policy
-from medbridge.train.optimization import OptimizerSettings, Shuffle, Trainable
+from medbridge.model.policy import BANNED_LOGIT, OutputLayer, Policy
+from medbridge.model.settings import ModelSettings
+from medbridge.train.optimization import Shuffle, Trainable
 from medbridge.train.ranks import Ranks
+from medbridge.train.settings import SftSettings
 from medbridge_kernels import LossConfig, linear_grpo_loss
 
 OnStep = Callable[[int, dict[str, float], list[str]], None]
@@ -32,34 +33,6 @@ Score = Callable[[int], float]
 Called with the step, after the update of each step behind which a checkpoint is saved, and of the last one. Weights and
 training mode are to be left as they are. Under rl.staleness the sampling thread is at work meanwhile.
 """
-
-TOKENS = (
-    "Tokens in memory at once; the gradient is the same. A prompt counts once for all completions that share it, and "
-    "a patch of an image as layers x width of the vision tower over the text model's. A longer row is taken by itself."
-)
-"""Description of `micro_batch_tokens`."""
-
-
-class SftSettings(OptimizerSettings):
-    """How a bridge stage trains."""
-
-    steps: int = Field(200, ge=1, description="Optimizer steps of one bridge stage.")
-    batch_size: int = Field(32, ge=1, description="Examples a step.")
-    micro_batch_tokens: int = Field(8192, ge=1, description=TOKENS)
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="Examples in memory at once at most, whatever their length; null sets no such limit."
-    )
-    source: Literal["auto", "answers", "traces", "rejection"] = Field(
-        "auto",
-        description="What is imitated: auto (the item's trace where it has one, else the bare answer), answers, "
-        "traces (items that have one), or rejection (the model's own correct samples).",
-    )
-    rejection_samples: int = Field(
-        8, ge=1, description="With source rejection: samples drawn per training item to find correct ones."
-    )
-    replay_share: float = Field(
-        0.0, ge=0, lt=1, description="Share of each batch from strata not being bridged, against forgetting."
-    )
 
 
 @dataclass(frozen=True, slots=True)

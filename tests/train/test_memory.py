@@ -16,8 +16,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from medbridge.data import ImageCache, Item, PromptSettings
 from medbridge.errors import MedbridgeError
-from medbridge.model import FromNothing, ModelSettings, Policy, init_model
-from medbridge.model.policy import LoraSettings
+from medbridge.model import FromNothing, LoraSettings, ModelSettings, Policy, init_model
 from medbridge.rollout import RolloutSettings
 from medbridge.train import RlSettings, SftSettings
 from medbridge.train.activations import MicroBatch, activations, cache_bytes
