@@ -48,6 +48,14 @@ def probe(
         ),
     ] = None,
     layer: Annotated[str, typer.Option(help="Features of a vision tower: `before` or `after` the merger.")] = "after",
+    cluster: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cluster", metavar="TAG", show_default=False,
+            help="Images that share this tag (a patient) are resampled together; repeatable. Default: questions that "
+            "share an image.",
+        ),
+    ] = None,
     pool: Annotated[str, typer.Option(help="`mean` or `max` over an image's tokens.")] = "mean",
     overrides: SetOption = None,
     out: Annotated[
@@ -90,7 +98,7 @@ def probe(
                 results.append(
                     fit(
                         partial(store.features, opened, progress=progress),
-                        found.items, one, ProbeSettings(seed=settings.seed), encoder=name,
+                        found.items, one, ProbeSettings(seed=settings.seed, cluster=tuple(cluster or ())), encoder=name,
                     )
                 )  # fmt: skip
     told = [result.to_dict() for result in results]

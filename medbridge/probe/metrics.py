@@ -1,8 +1,9 @@
 """Scores of a classifier with intervals: accuracy, balanced accuracy, and area under the ROC curve.
 
-Intervals are those of the Bayesian bootstrap (Rubin 1981): every test unit gets an exponential weight. Beside the units
-that were seen stands one of each label that was not, at its worst for the end that is computed; without it, units that
-are all right would have an interval of no width (as in `medbridge.support.intervals`).
+Intervals are those of the Bayesian bootstrap (Rubin 1981): every cluster of test units gets an exponential weight that
+all its units share; a unit that depends on no other is a cluster of its own. Beside what was seen stands one more
+cluster of each label, at its worst for the end that is computed; without it, units that are all right would have an
+interval of no width (as in `medbridge.support.intervals`).
 """
 
 from __future__ import annotations
@@ -37,21 +38,27 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """True and predicted labels [units], the classifier's labels, and its probabilities [units, labels]."""
+    """True and predicted labels [units], the classifier's labels, its probabilities [units, labels], and the cluster of
+    each unit [units], numbered from 0; None: each is one of its own.
+    """
 
     truth: NDArray[np.str_]
     predicted: NDArray[np.str_]
     classes: tuple[str, ...]
     probabilities: Floats
+    clusters: NDArray[np.int64] | None = None
 
 
 def score(found: Scored, *, alpha: float, replicates: int, seed: int) -> Scores:
     """The scores; each end of an interval is missed with probability about `alpha`."""
     generator = np.random.default_rng(seed)
-    weights = generator.exponential(size=(replicates, len(found.truth)))
+    clusters = np.arange(len(found.truth)) if found.clusters is None else found.clusters
+    drawn = generator.exponential(size=(replicates, clusters.max(initial=-1) + 1))
+    weights = drawn[:, clusters]
     hits = (found.truth == found.predicted).astype(np.float64)
     labels = np.unique(found.truth)
-    unseen = generator.exponential(size=(replicates, 2 * len(labels)))
+    size = weights.shape[1] / max(1, drawn.shape[1])  # of a cluster, on average
+    unseen = size * generator.exponential(size=(replicates, 2 * len(labels)))
     recalls = [
         _mean(hits[found.truth == label], weights[:, found.truth == label], unseen[:, index])
         for index, label in enumerate(labels)

@@ -2,7 +2,7 @@
 
 A unit is one image (or the images that a question shows together), whatever number of questions is asked about it.
 Probes are fitted on the training split, the regularisation and the number of neighbours are chosen on the validation
-split, and everything reported is of the test split. Intervals come from the Bayesian bootstrap over units.
+split, and everything reported is of the test split. Intervals come from the Bayesian bootstrap over clusters of units.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.cluster.hierarchy import DisjointSet
 
 from medbridge.data import Item
 from medbridge.errors import MedbridgeError
+from medbridge.measurement import cluster_of
 from medbridge.probe.metrics import Scored, Scores, score
 
 Features = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -49,6 +51,9 @@ class ProbeSettings(BaseModel):
     alpha: float = Field(0.05, gt=0, lt=0.5, description="Error probability of each end of an interval.")
     replicates: int = Field(1000, ge=100, description="Bootstrap replicates.")
     seed: int = Field(0, ge=0, description="Seed of the bootstrap.")
+    cluster: tuple[str, ...] = Field(
+        (), description="Tags whose units are not independent (a patient); none: units that share an image."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +111,12 @@ def probe(
         encoder: its name, for the result.
 
     Raises:
-        MedbridgeError: no item has the tag, a split is empty, or the training units all have one label.
+        MedbridgeError: no item has the tag, a split is empty, the training units all have one label, or no item has a
+            tag of `settings.cluster`.
     """
+    for tag in settings.cluster:
+        if not any(tag in item.tags for item in items):
+            raise MedbridgeError(f"probe of {target!r}: no item has the tag {tag!r} to cluster by.")
     units, left_out = _units(items, target)
     train, validation, test = (units.get(split, {}) for split in ("train", "validation", "test"))
     if not validation:
@@ -122,14 +131,14 @@ def probe(
         raise MedbridgeError(f"probe of {target!r}: all training images have the label {classes[0]!r}.")
     fit, choose, judge = _table(features, train, validation, test)
     common = min(Counter(fit.y.tolist()).items(), key=lambda entry: (-entry[1], entry[0]))[0]
+    clusters = _clusters(items, list(test), settings.cluster)
     strength, linear = _best(lambda c: fit_linear(fit.x, fit.y, c), sorted(settings.strengths), choose)
     most = [k for k in sorted(settings.neighbours, reverse=True) if k <= len(fit.y)] or [1]
     neighbours, knn = _best(lambda k: _nearest(fit, int(k)), most, choose)
 
     def scores(classifier: Any) -> Scores:
-        found = Scored(
-            judge.y, classifier.predict(judge.x), tuple(classifier.classes_), classifier.predict_proba(judge.x)
-        )
+        predicted, probabilities = classifier.predict(judge.x), classifier.predict_proba(judge.x)
+        found = Scored(judge.y, predicted, tuple(classifier.classes_), probabilities, clusters)
         return score(found, alpha=settings.alpha, replicates=settings.replicates, seed=settings.seed)
 
     return ProbeResult(
@@ -167,6 +176,19 @@ def _units(items: Sequence[Item], target: str) -> tuple[dict[str, dict[tuple[str
             f"{', '.join(sorted(known)) or 'there is none'}."
         )
     return kept, total - whole
+
+
+def _clusters(items: Sequence[Item], units: Sequence[tuple[str, ...]], tags: Sequence[str]) -> NDArray[np.int64]:
+    """The number of each unit's cluster: by its tags, or without any by the images that units share."""
+    if tags:
+        named = {item.images: cluster_of(item, tags) for item in items}
+        units = [(named[unit],) for unit in units]
+    found = DisjointSet({key for own in units for key in own})
+    for own in units:
+        for key in own[1:]:
+            found.merge(own[0], key)
+    place: dict[str, int] = {}
+    return np.array([place.setdefault(found[own[0]], len(place)) for own in units], dtype=np.int64)
 
 
 def unit_features(

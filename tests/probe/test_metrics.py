@@ -71,6 +71,24 @@ def test_intervals_hold_as_often_as_they_say() -> None:
     assert below <= 25 and above <= 25
 
 
+def test_intervals_of_clusters() -> None:
+    """Ten patients with eight equal images each: as wide as ten images, and not as eighty."""
+    hits = np.arange(10) % 5 > 0
+    truth = np.array(["a", "b"])[np.arange(10) % 2]
+    wrong = np.array(["b", "a"])[np.arange(10) % 2]
+
+    def width(times: int, clusters: np.ndarray | None) -> float:
+        repeated = [np.repeat(values, times) for values in (truth, np.where(hits, truth, wrong))]
+        found = Scored(*repeated, ("a", "b"), np.full((10 * times, 2), 0.5), clusters)
+        interval = score(found, alpha=0.05, replicates=4000, seed=0).accuracy
+        assert interval.value == pytest.approx(0.8)
+        return interval.high - interval.low
+
+    alone = width(1, None)
+    assert width(8, np.repeat(np.arange(10), 8)) == pytest.approx(alone, rel=0.02)
+    assert width(8, None) < 0.6 * alone
+
+
 def test_a_label_that_the_classifier_does_not_know() -> None:
     found = Scored(np.array(["a", "c"]), np.array(["a", "b"]), ("a", "b"), np.array([[0.9, 0.1], [0.4, 0.6]]))
     scores = score(found, alpha=0.05, replicates=100, seed=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,29 @@ def test_the_answer_as_target() -> None:
     answered = [Item(**{**item.to_dict(), "answer": KINDS[int(item.images[0].split("-")[1]) % 3], "images": item.images,
                         "options": KINDS}) for item in single]  # fmt: skip
     assert found(8.0, answered, "answer").linear.accuracy.value > 0.9
+
+
+def test_what_depends_on_each_other_widens_the_intervals() -> None:
+    """By a tag, and by images that questions share."""
+
+    def patients(split: str, count: int) -> list[Item]:
+        return [
+            replace(item, tags={**item.tags, "patient": f"p{number // 16}"})
+            for number, item in enumerate(items(split, count))
+        ]
+
+    data = [*patients("train", 60), *patients("validation", 30), *patients("test", 48)]
+
+    def width(data: Sequence[Item], **settings: tuple[str, ...]) -> float:
+        made = probe(features(1.0), data, "kind", ProbeSettings(replicates=800, **settings))  # type: ignore[arg-type]
+        return made.linear.accuracy.high - made.linear.accuracy.low
+
+    alone = width(data)
+    assert width(data, cluster=("patient",)) > 1.2 * alone
+    pairs = [*data, *(replace(item, id=f"{item.id}+", images=(*item.images, "test-0")) for item in data[-96:])]
+    assert width(pairs) > 1.2 * alone  # test-0 ties them all together
+    with pytest.raises(MedbridgeError, match="no item has the tag 'ward' to cluster by"):
+        width(data, cluster=("ward",))
 
 
 @pytest.mark.parametrize(
