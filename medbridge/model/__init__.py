@@ -14,14 +14,15 @@ from medbridge.model.settings import FromNothing, LoraSettings, ModelSettings
 declare_first()
 
 if TYPE_CHECKING:
+    from medbridge.model.encoded import EncodedPrompt
     from medbridge.model.initialise import init_model
-    from medbridge.model.policy import EncodedPrompt, Policy, pick_device, pick_dtype
+    from medbridge.model.policy import Policy, pick_device, pick_dtype
     from medbridge.model.prompter import Prompter
 
 __getattr__ = lazy(
     __name__,
     {
-        "EncodedPrompt": "policy",
+        "EncodedPrompt": "encoded",
         "Policy": "policy",
         "Prompter": "prompter",
         "init_model": "initialise",

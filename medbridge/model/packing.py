@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from medbridge.model.policy import EncodedPrompt
+from medbridge.model.encoded import EncodedPrompt
 
 BLOCK_TOKENS = 128
 """Most tokens of the completions (or small groups) that share one attention call: few calls, and few keys that a query

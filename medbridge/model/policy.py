@@ -28,6 +28,7 @@ from medbridge.errors import MedbridgeError
 from medbridge.model import liger
 from medbridge.model.allocator import give_freed_memory_back, keep_freed_memory
 from medbridge.model.attention import packed_arguments, use_packed_attention
+from medbridge.model.encoded import EncodedPrompt
 from medbridge.model.initialise import replace_folder
 from medbridge.model.packing import PackedBatch, merge_vision, pack, plan
 from medbridge.model.prompter import Prompter
@@ -36,33 +37,6 @@ from medbridge.model.shape import patches_of_frames, vision_depth, vision_width
 
 BANNED_LOGIT = -1e9
 """Logit of a token that must not be sampled. Finite, so that p * log p stays 0 and not NaN in the entropy."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodedPrompt:
-    """One prompt, ready for the model.
-
-    Attributes:
-        ids: int64 [T] token ids, image placeholders expanded.
-        type_ids: int64 [T] modality of each token (1 at image tokens), where the model wants it.
-        positions: int64 [3, T] for M-RoPE models, [1, T] otherwise.
-        next_position: position of the first completion token.
-        vision: the processor's image tensors, shared by all option orders of the item.
-        text: the prompt's text, with a placeholder for each image.
-    """
-
-    ids: Tensor
-    type_ids: Tensor | None
-    positions: Tensor
-    next_position: int
-    vision: Mapping[str, Tensor]
-    text: str
-
-    @property
-    def images(self) -> int:
-        """How many images the model is given."""
-        grids = self.vision.get("image_grid_thw", self.vision.get("pixel_values"))  # Gemma 3: one row an image
-        return 0 if grids is None else len(grids)
 
 
 @dataclass(slots=True, eq=False)

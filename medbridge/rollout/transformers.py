@@ -20,8 +20,9 @@ from transformers import DynamicCache
 from medbridge.data.images import ImageCache
 from medbridge.data.prompts import PromptSettings
 from medbridge.errors import MedbridgeError
+from medbridge.model.encoded import EncodedPrompt
 from medbridge.model.packing import merge_vision
-from medbridge.model.policy import EncodedPrompt, Policy
+from medbridge.model.policy import Policy
 from medbridge.rollout.engine import GREEDY, EngineStats, Request, Rollout, SamplingSettings
 from medbridge.rollout.room import prompt_length
 from medbridge.rollout.sampling import cut_at_stop, draw, tokens_to_stop, uniforms

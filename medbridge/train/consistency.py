@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from medbridge.errors import MedbridgeError
-from medbridge.model.policy import EncodedPrompt, Policy
+from medbridge.model.encoded import EncodedPrompt
+from medbridge.model.policy import Policy
 from medbridge.rollout.engine import Graded, Rollout
 from medbridge.train.ranks import Ranks
 

@@ -14,8 +14,9 @@ import torch
 
 from medbridge.data.images import ImageCache
 from medbridge.data.prompts import PromptSettings
+from medbridge.model.encoded import EncodedPrompt
 from medbridge.model.packing import PackedBatch
-from medbridge.model.policy import EncodedPrompt, Policy
+from medbridge.model.policy import Policy
 from medbridge.rollout.engine import Rollout
 from medbridge.train.advantages import advantages
 from medbridge.train.consistency import bonuses, right_likelihoods

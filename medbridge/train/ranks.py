@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from medbridge.model.encoded import EncodedPrompt
 from medbridge.model.packing import PackedBatch
-from medbridge.model.policy import EncodedPrompt, Policy
+from medbridge.model.policy import Policy
 
 if TYPE_CHECKING:
     from medbridge.train.held import Held

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medbridge.data import ImageCache, Item, PromptSettings
 from medbridge.model import LoraSettings, Policy, liger
-from medbridge.model.policy import EncodedPrompt
+from medbridge.model.encoded import EncodedPrompt
 from medbridge.train.parameters import add_adapters
 
 ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "gemma3")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from medbridge.model.encoded import EncodedPrompt
 from medbridge.model.packing import BLOCK_TOKENS, PackedBatch, PackedLayout, best_fit, pack, plan
-from medbridge.model.policy import EncodedPrompt
 
 CPU = torch.device("cpu")
 
