@@ -11,11 +11,13 @@ import json
 import platform
 import shutil
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import ValidationError
 
 import medbridge
 from medbridge.config import RunSettings, dump_config
@@ -83,6 +85,8 @@ class RunFolder:
         new = json.loads(to_json(self.settings.model_dump(mode="json")))  # as stored: an infinity reads as null
         old = self.ledger.meta("config")
         if old is not None:
+            with suppress(ValidationError):  # keys that came since then have their defaults
+                old = json.loads(to_json(type(self.settings).model_validate(old).model_dump(mode="json")))
             changed = [key for key in _differences(old, new) if not key.startswith(_FREE)]
             if changed and self.ledger.stages():
                 raise MedbridgeError(

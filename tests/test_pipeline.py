@@ -162,6 +162,20 @@ def test_changed_settings_are_refused_by_name(open_run: Callable[..., Run]) -> N
             open_run(**sections)
 
 
+def test_a_run_begun_before_a_setting_came_goes_on_with_its_default(open_run: Callable[..., Run]) -> None:
+    run = open_run(budget={"stages": 0})
+    run.execute()
+    stored = run.ledger.meta("config")
+    del stored["data"]["prompt"]["number_tolerance"], stored["data"]["sources"][0]["tags"]
+    run.ledger.set_meta("config", stored)
+    assert len(open_run(budget={"stages": 0}).execute()) == 2
+    run = open_run(budget={"stages": 0})
+    stored["sft"] = "as it was"  # no settings of this version
+    run.ledger.set_meta("config", stored)
+    with pytest.raises(MedbridgeError, match="begun with other settings"):
+        open_run(budget={"stages": 0})
+
+
 def test_a_larger_budget_goes_on_with_the_run(open_run: Callable[..., Run]) -> None:
     first = open_run(budget={"stages": 1})
     first.execute()

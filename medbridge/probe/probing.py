@@ -41,7 +41,7 @@ class ProbeSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     strengths: tuple[float, ...] = Field(
-        (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
         min_length=1,
         description="Inverse regularisation strengths tried; the strongest regularisation of equals is taken.",
     )
