@@ -21,6 +21,7 @@ from medbridge.cli.common import (
     ModelOption,
     RunOption,
     SetOption,
+    bar,
     escaped,
     open_run,
     read_settings,
@@ -126,8 +127,8 @@ def evaluate(
         raise MedbridgeError("--stage picks one of a run's measurements: give it with --run alone.")
     if not measure and (overrides or split):
         raise MedbridgeError("--set and --split say how a model is measured: give CONFIG.yaml, or --model and --data.")
-    with _judge(judge_url, judge_model, judge_store) as same:
-        how: dict[str, Any] = {"reading": reading, "ordered": ordered or (), "same": same}
+    with _judge(judge_url, judge_model, judge_store) as open_judge:
+        how: dict[str, Any] = {"reading": reading, "ordered": ordered or (), "open_judge": open_judge}
         if logs:
             found = _of_logs(logs, kind, by=by or (), **how)
         elif measure:
@@ -166,8 +167,9 @@ def _judge(url: str | None, model: str | None, store: Path) -> Iterator[Any]:
     elif url is None or model is None:
         raise MedbridgeError("a judge needs both --judge-url and --judge-model.")
     else:
-        with Judge(url, model, store, key=os.environ.get("MEDBRIDGE_JUDGE_KEY")) as judge:
-            yield judge.same
+        key = os.environ.get("MEDBRIDGE_JUDGE_KEY")
+        with Judge(url, model, store, key=key, bar=bar) as judge:
+            yield judge
 
 
 def _of_logs(logs: list[Path], kind: str, **how: Any) -> Evaluation:

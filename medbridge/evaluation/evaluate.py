@@ -97,7 +97,7 @@ def evaluate(
     gate: GateSettings | None = None,
     sequential: bool = False,
     seed: int = 0,
-    same: figures.Same | None = None,
+    open_judge: figures.OpenJudge | None = None,
     source: str = "",
 ) -> Evaluation:
     """Count and judge answered questions.
@@ -110,13 +110,15 @@ def evaluate(
         gate: settings of the verdict; None: the defaults.
         sequential: the questions came in looks, so that verdicts are of the last look's level.
         seed: of the bootstrap.
-        same: whether an open answer means the right one; asked where the words differ. What it says is told beside the
-            readings and changes no verdict. None: it isn't asked.
+        open_judge: compares open answers whose words differ from the right one's. What it says is told beside the
+            readings and changes no verdict. None: there is none.
 
     Raises:
         MedbridgeError: an item lacks a tag, or is no grade where grades are said to be.
     """
     settings = gate or GateSettings()
+    if open_judge is not None:
+        open_judge.prepare(figures.to_compare(entries, reading))
 
     def results(groups: Mapping[str, Sequence[Answered]]) -> tuple[StratumResult, ...]:
         tallies = {name: _tallies(own, reading) for name, own in sorted(groups.items())}
@@ -124,7 +126,7 @@ def evaluate(
         evidence: dict[str, Evidence] | None = {} if sequential else None
         verdicts = judge(estimates, settings, evidence)
         return tuple(
-            _result(name, groups[name], own, estimates[name], verdicts[name], reading, ordered, same)
+            _result(name, groups[name], own, estimates[name], verdicts[name], reading, ordered, open_judge)
             for name, own in tallies.items()
         )
 
@@ -168,7 +170,7 @@ def _result(
     verdict: Verdict,
     reading: ReadingName,
     ordered: Sequence[str],
-    same: figures.Same | None,
+    open_judge: figures.OpenJudge | None,
 ) -> StratumResult:
     samples = sum(tally.n for tally in tallies)
     cut = [entry.cut for entry in entries if entry.cut is not None]
@@ -197,7 +199,7 @@ def _result(
         scored=scored,
         confusion=figures.confusion(entries, reading),
         ordinal=figures.ordinal(entries, reading, ordered),
-        open_answers=figures.open_answers(entries, reading, same),
+        open_answers=figures.open_answers(entries, reading, open_judge),
     )
 
 

@@ -6,7 +6,8 @@ They describe; none of them decides anything.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -28,8 +29,17 @@ ABSTAINED = "(none read)"
 ORDINAL = "ordinal-regression"
 """The tag `task_type` of questions whose options are grades in order, as MedMNIST calls it."""
 
-Same = Callable[[str, str, str], bool]
-"""Whether an open answer means the right one, of (question, right answer, answer read)."""
+
+class OpenJudge(Protocol):
+    """Compares open answers."""
+
+    def prepare(self, compared: Iterable[tuple[str, str, str]]) -> None:
+        """Is told beforehand what `same` is going to be asked."""
+        ...
+
+    def same(self, question: str, right: str, read: str) -> bool:
+        """Whether the answer that was read means the right one."""
+        ...
 
 
 def sampled(outcomes: Outcomes) -> list[Outcome]:
@@ -96,7 +106,15 @@ def confusion(entries: Sequence[Answered], reading: ReadingName) -> dict[str, di
     return {right: dict(row) for right, row in counts.items()}
 
 
-def open_answers(entries: Sequence[Answered], reading: ReadingName, same: Same | None) -> dict[str, float] | None:
+def to_compare(entries: Iterable[Answered], reading: ReadingName) -> Iterator[tuple[str, str, str]]:
+    """The open answers whose words differ from the right ones': question, right answer, answer read."""
+    for entry in entries:
+        for outcome in sampled(entry.readings[reading]):
+            if entry.item.options is None and outcome.status != "correct" and outcome.answer:
+                yield entry.item.question, entry.item.answer, outcome.answer
+
+
+def open_answers(entries: Sequence[Answered], reading: ReadingName, judge: OpenJudge | None) -> dict[str, float] | None:
     """How far open answers are right beyond equal words; None without open questions.
 
     Keys: `token_f1`; with quantities asked for, how many completions that is (`quantities`) and the share that gives
@@ -109,8 +127,9 @@ def open_answers(entries: Sequence[Answered], reading: ReadingName, same: Same |
         for outcome in sampled(entry.readings[reading]):
             read, right = outcome.answer or "", entry.item.answer
             shared.append(1.0 if outcome.status == "correct" else token_f1(read, right))
-            if same is not None:
-                judged.append(outcome.status == "correct" or (bool(read) and same(entry.item.question, right, read)))
+            if judge is not None:
+                meant = outcome.status == "correct" or (bool(read) and judge.same(entry.item.question, right, read))
+                judged.append(meant)
             found = same_quantity(read, right)
             if found is not None:
                 quantities.append(found)

@@ -11,7 +11,8 @@ import hashlib
 import re
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,6 +32,12 @@ Reply with one word: correct or wrong."""
 
 _TRIES = 4
 
+Bar = Callable[[str, str], contextlib.AbstractContextManager[Callable[[int, int], None]]]
+"""From a description and a unit to a progress bar, which takes (done, total)."""
+
+_AT_ONCE = 8
+"""Questions that are under way at once: endpoints batch them."""
+
 
 class Judge:
     """Asks, and remembers in an SQLite file. A context, which closes both."""
@@ -44,13 +51,15 @@ class Judge:
         key: str | None = None,
         timeout: float = 60.0,
         wait: Callable[[float], None] = time.sleep,
+        bar: Bar = lambda description, unit: contextlib.nullcontext(lambda done, total: None),
     ) -> None:
-        """`url`: of the endpoint, with its version (http://host:8000/v1). `wait` sleeps between tries.
+        """`url`: of the endpoint, with its version (http://host:8000/v1). `wait` sleeps between tries; `bar` shows how
+        far `prepare` is.
 
         Raises:
             MedbridgeError: the store can't be opened.
         """
-        self.url, self.model, self._wait = url.rstrip("/"), model, wait
+        self.url, self.model, self._wait, self._bar = url.rstrip("/"), model, wait, bar
         try:
             store.parent.mkdir(parents=True, exist_ok=True)
             self._store = sqlite3.connect(store)
@@ -74,18 +83,47 @@ class Judge:
         self._client.close()
         self._store.close()
 
+    def prepare(self, compared: Iterable[tuple[str, str, str]]) -> None:
+        """Ask, several at once, all that `same` is going to be asked of: (question, right answer, answer read).
+
+        Raises:
+            MedbridgeError: as `same`. What was said until then is kept.
+        """
+        wanted = {prompt: key for prompt, key in map(self._prompt, dict.fromkeys(compared)) if self._known(key) is None}
+        if not wanted:
+            return
+        with self._bar(f"asking {self.model}", "answers") as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
+            asked = {pool.submit(self._ask, prompt): prompt for prompt in wanted}
+            try:
+                for done, answer in enumerate(as_completed(asked), start=1):
+                    prompt = asked[answer]
+                    self._keep(wanted[prompt], prompt, answer.result())
+                    progress(done, len(asked))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
     def same(self, question: str, right: str, read: str) -> bool:
         """Whether the answer that was read means the right one.
 
         Raises:
             MedbridgeError: the endpoint can't be reached, refuses, or says neither word.
         """
+        prompt, key = self._prompt((question, right, read))
+        known = self._known(key)
+        return self._keep(key, prompt, self._ask(prompt)) if known is None else known
+
+    def _prompt(self, compared: tuple[str, str, str]) -> tuple[str, str]:
+        """What is asked, and the key it is kept under."""
+        question, right, read = compared
         prompt = PROMPT.format(question=question, right=right, read=read)
-        key = hashlib.blake2b(f"{self.model}\0{prompt}".encode("utf-8", "replace"), digest_size=16).hexdigest()
-        known = self._store.execute("SELECT right FROM verdicts WHERE key = ?", (key,)).fetchone()
-        if known is not None:
-            return bool(known[0])
-        said = self._ask(prompt)
+        return prompt, hashlib.blake2b(f"{self.model}\0{prompt}".encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+    def _known(self, key: str) -> bool | None:
+        found = self._store.execute("SELECT right FROM verdicts WHERE key = ?", (key,)).fetchone()
+        return None if found is None else bool(found[0])
+
+    def _keep(self, key: str, prompt: str, said: str) -> bool:
         words = set(re.findall(r"\b(correct|wrong)\b", said.casefold()))
         if len(words) != 1:
             raise MedbridgeError(

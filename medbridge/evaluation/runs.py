@@ -12,7 +12,7 @@ from medbridge.data.readings import READINGS, ReadingName
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation.answered import answered_in_stage
 from medbridge.evaluation.evaluate import Evaluation, evaluate
-from medbridge.evaluation.figures import Same
+from medbridge.evaluation.figures import OpenJudge
 from medbridge.ledger import Ledger, Stage
 
 _MEASURING = ("diagnose", "evaluate")
@@ -25,7 +25,7 @@ def evaluate_run(
     by: Sequence[str] | None = None,
     reading: ReadingName = "standard",
     ordered: Sequence[str] = (),
-    same: Same | None = None,
+    open_judge: OpenJudge | None = None,
 ) -> Evaluation:
     """Evaluate one measurement of a run.
 
@@ -33,7 +33,7 @@ def evaluate_run(
         folder: of the run.
         stage_id: a finished measuring stage; None: the last one on the test split, or else the last diagnosis.
         by: tags that make up a stratum; None: the run's own.
-        reading, ordered, same: as `evaluate` has them.
+        reading, ordered, open_judge: as `evaluate` has them.
 
     Raises:
         MedbridgeError: there is no run, or no such measurement in it.
@@ -42,7 +42,7 @@ def evaluate_run(
     try:
         settings: RunSettings = load_config(folder / "config.yaml")
         stage = _chosen(ledger, folder, stage_id)
-        return evaluate_stage(ledger, stage, settings, by=by, reading=reading, ordered=ordered, same=same)
+        return evaluate_stage(ledger, stage, settings, by=by, reading=reading, ordered=ordered, open_judge=open_judge)
     finally:
         ledger.close()
 
@@ -56,7 +56,7 @@ def evaluate_stage(
     reading: ReadingName = "standard",
     readings: Sequence[ReadingName] = READINGS,
     ordered: Sequence[str] = (),
-    same: Same | None = None,
+    open_judge: OpenJudge | None = None,
 ) -> Evaluation:
     """Evaluate a finished measuring stage, with the `readings` that are wanted beside each other."""
     entries = answered_in_stage(ledger, stage, readings)
@@ -69,7 +69,7 @@ def evaluate_stage(
         gate=settings.gate,
         sequential=stage.kind == "diagnose" and settings.diagnosis.sequential,
         seed=settings.seed,
-        same=same,
+        open_judge=open_judge,
         source=f"{stage.model} on the {' and '.join(splits)} split",
     )
 

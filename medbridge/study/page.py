@@ -77,8 +77,6 @@ class _Page:
 def render(study: StudyResult, questions: Sequence[Question]) -> str:
     """The page as HTML text."""
     templates = environment(_TEMPLATES)
-    templates.filters["count"] = lambda value: f"{value:,}"
-    templates.filters["two"] = lambda value: f"{value:.2f}".replace("-", "\u2212")
     page = _Page(
         map=bottleneck_map(study, lambda model, stratum: _anchor(study, model, stratum)),
         transfer=transfer_map(study) if study.changes else Markup(""),

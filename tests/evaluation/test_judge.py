@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,36 @@ def test_a_verdict_is_kept_with_its_prompt(endpoint: Endpoint, tmp_path: Path) -
     assert b"secret" not in (tmp_path / "judge.sqlite").read_bytes()
 
 
+def test_many_are_asked_at_once_and_each_once(endpoint: Endpoint, tmp_path: Path) -> None:
+    read = ["hepar", "lung", "hepar", *(f"word {n}" for n in range(30))]
+    compared = [("Which organ?", "liver", word) for word in read]
+    told: list[tuple[int, int]] = []
+
+    @contextmanager
+    def bar(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        assert (description, unit) == ("asking model", "answers")
+        yield lambda done, total: told.append((done, total))
+
+    with judge(endpoint, tmp_path, bar=bar) as one:
+        one.prepare(compared)
+        assert len(endpoint.asked) == 32 and told == [(n, 32) for n in range(1, 33)]
+        assert [one.same(*compared[place]) for place in (0, 1, 2, 9)] == [True, False, True, True]
+        one.prepare(compared)
+    assert len(endpoint.asked) == 32
+
+
+def test_what_was_said_before_it_failed_is_kept(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.next = [*["correct"] * 5, 401]
+    compared = [("q", "liver", f"word {n}") for n in range(200)]
+    with judge(endpoint, tmp_path) as one, pytest.raises(MedbridgeError, match="refuses"):
+        one.prepare(compared)
+    first = len(endpoint.asked)
+    assert first < 100  # what had not begun is not asked any more
+    with judge(endpoint, tmp_path) as again:
+        again.prepare(compared)
+    assert 200 < len(endpoint.asked) < 200 + first
+
+
 def test_it_is_asked_again_where_it_is_busy(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.next = [429, 503, "correct"]
     with judge(endpoint, tmp_path) as one:
@@ -116,6 +147,7 @@ def test_the_command(endpoint: Endpoint, tmp_path: Path) -> None:
     command = ["evaluate", str(log), "--judge-url", endpoint.url, "--judge-store", str(tmp_path / "j.sqlite")]
     shown = CliRunner().invoke(app, [*command, "--judge-model", "m"])
     assert shown.exit_code == 0 and "right by the judge 0.50" in shown.output
+    assert "asking m" in shown.stderr
     assert len(endpoint.asked) == 2  # not where the words are equal, nor where nothing was read
     refused = CliRunner().invoke(app, command)
     assert isinstance(refused.exception, MedbridgeError) and "--judge-model" in str(refused.exception)
