@@ -59,7 +59,9 @@ def evaluate(
     ] = None,
     kind: Annotated[
         str,
-        typer.Option("--format", "-f", help="Of logs: `lm-eval`, `lmms-eval`, `inspect`, `rows` or `auto`."),
+        typer.Option(
+            "--format", "-f", help="Of logs: `lm-eval`, `lmms-eval`, `inspect`, `medvlthinker`, `rows` or `auto`."
+        ),
     ] = "auto",
     by: Annotated[
         list[str] | None,

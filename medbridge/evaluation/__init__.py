@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from medbridge.evaluation.answered import Answered, answered_in_log, answered_in_stage
 from medbridge.evaluation.evaluate import Evaluation, StratumResult, evaluate, evaluate_logs
-from medbridge.evaluation.logs import FORMATS, Logged, read_logs
+from medbridge.evaluation.logged import Logged
+from medbridge.evaluation.logs import FORMATS, read_logs
 
 __all__ = [
     "FORMATS",

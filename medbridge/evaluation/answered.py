@@ -8,19 +8,24 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from medbridge.data import Item, PromptSettings, grade
 from medbridge.data.answers import Outcome
 from medbridge.data.readings import READINGS, ReadingName, regrade
 from medbridge.errors import MedbridgeError
-from medbridge.evaluation.logs import Logged
+from medbridge.evaluation.logged import Logged
 from medbridge.ledger import Ledger, Stage
 from medbridge.measurement.counting import stored_outcomes
 from medbridge.rollout import GREEDY
 
 _BOXED = re.compile(r"\\boxed\{([^{}]{0,400})\}")
+
+_TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
+
+_LONGEST_BARE = 200
+"""Characters of a line that is taken for an answer."""
 
 _BATCH = 256
 """Items whose completions are held at once."""
@@ -56,6 +61,8 @@ def answered_in_log(entry: Logged) -> Answered:
     for sample, text in texts.items():
         written = _tagged(text)
         outcome = grade(item, order, written, settings)
+        if outcome.status == "abstain" and (bare := _bare(written)) is not None:
+            written, outcome = bare, replace(grade(item, order, bare, settings), well_formed=False)
         for name in READINGS:
             found[name][sample] = regrade(item, order, written, outcome, settings, name)
     scores = {sample: score for sample, score in enumerate(entry.scores) if score is not None}
@@ -123,6 +130,18 @@ def _item(record: Mapping[str, Any]) -> Item:
         answer=record["answer"], options=None if options is None else tuple(options), images=tuple(record["images"]),
         tags=record["tags"], floor=record["floor"],
     )  # fmt: skip
+
+
+def _bare(text: str) -> str | None:
+    """A completion that says one short line and no more, behind its reasoning, with answer tags around that line.
+
+    Models that were not asked for a form answer so ("B", "left lung"). None for any other completion.
+    """
+    thought, end, spoken = text.rpartition("</think>")
+    line = spoken.strip()
+    if not line or "\n" in line or len(line) > _LONGEST_BARE or _TAG.search(line):
+        return None
+    return f"{thought}{end}<answer>{line}</answer>"
 
 
 def _tagged(text: str) -> str:

@@ -15,7 +15,7 @@ from medbridge.data.readings import ReadingName
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation import figures
 from medbridge.evaluation.answered import Answered, answered_in_log
-from medbridge.evaluation.logs import Logged
+from medbridge.evaluation.logged import Logged
 from medbridge.measurement.counting import count
 from medbridge.support import Evidence, GateSettings, Measured, SupportEstimate, Tally, Verdict, judge, measure
 

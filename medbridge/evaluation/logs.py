@@ -1,19 +1,18 @@
 """Sample logs of other evaluation tools: questions with the completions that were drawn for them.
 
 Read are the `samples_*.jsonl` of lm-evaluation-harness and lmms-eval, the logs of Inspect (`.json`, and `.eval`, a zip
-of JSON), and rows in MedVLThinker's form with the completions beside the question. They are graded elsewhere.
+of JSON), MedVLThinker's `eval_results.jsonl`, and plain rows with the completions beside the question. They are graded
+elsewhere.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
-import json
 import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,11 +20,10 @@ from medbridge.data import Item, Skip
 from medbridge.data.importers.lines import numbered_lines, parse_row
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
+from medbridge.evaluation.inspect_logs import read_inspect
+from medbridge.evaluation.logged import MAX_LINE, Logged, logged_item, message_text
 
-FORMATS = ("lm-eval", "lmms-eval", "inspect", "rows")
-
-_MAX_LINE = 64 << 20
-"""Longest line, and largest JSON file within a zip, that is read, in bytes."""
+FORMATS = ("lm-eval", "lmms-eval", "inspect", "medvlthinker", "rows")
 
 _COMPLETION_KEYS = (
     "completions",
@@ -38,28 +36,11 @@ _COMPLETION_KEYS = (
     "model_output",
 )
 _GREEDY_KEYS = ("greedy", "greedy_completion")
-_QUESTION_KEYS = ("question", "query", "problem", "prompt", "input")
-_ANSWER_KEYS = ("answer", "answer_label", "target", "gold", "label", "answer_idx", "answerKey", "correct_option")
-_IMAGE_KEYS = ("image_id", "image_name", "image_path", "image_paths", "img_name", "image")
-_STRATUM_KEYS = ("dataset_name", "category", "subject", "subset", "subfield", "task")
+
+_TURN_END = re.compile(r"<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|</s>")
+"""What chat templates write behind a message."""
+
 _SCORES = ("exact_match", "acc", "accuracy", "score", "correct", "is_correct")
-
-
-@dataclass(frozen=True, slots=True)
-class Logged:
-    """One question with its completions.
-
-    Attributes:
-        item: the question; without image files; its `cluster` tag says which images it shows, where that is known.
-        completions: sampled ones, in order.
-        greedy: the greedy one, where the log tells it apart.
-        scores: what the log itself made of each completion, right or wrong; None where it says nothing.
-    """
-
-    item: Item
-    completions: tuple[str, ...]
-    greedy: str | None = None
-    scores: tuple[bool | None, ...] = field(default=())
 
 
 def read_logs(files: Sequence[Path], kind: str = "auto") -> Iterator[Logged | Skip]:
@@ -77,8 +58,7 @@ def read_logs(files: Sequence[Path], kind: str = "auto") -> Iterator[Logged | Sk
     found: dict[str, Logged] = {}
     for file in files:
         chosen = _recognise(file) if kind == "auto" else kind
-        reader = _inspect if chosen == "inspect" else _rows
-        for entry in reader(file, chosen):
+        for entry in read_inspect(file) if chosen == "inspect" else _rows(file, chosen):
             if isinstance(entry, Skip):
                 yield entry
                 continue
@@ -109,6 +89,8 @@ def _recognise(file: Path) -> str:
         raise MedbridgeError(f"{file}: can't be read ({error}).") from error
     if re.match(rb'\{\s*"version"\s*:', head) or (b'"eval"' in head and b'"samples"' in head):
         return "inspect"
+    if b'"parsed_outputs"' in head:
+        return "medvlthinker"
     return "lm-eval" if b'"resps"' in head or b'"filtered_resps"' in head else "rows"
 
 
@@ -134,6 +116,8 @@ def _rows(file: Path, kind: str) -> Iterator[Logged | Skip]:
                     continue  # the same completions under another filter
                 seen[question] = chosen
                 yield _harness(row, task)
+            elif kind == "medvlthinker":
+                yield _thinker(row, task)
             else:
                 yield _plain(row, task, number)
         except (MedbridgeError, ValueError, RecursionError) as error:
@@ -142,7 +126,7 @@ def _rows(file: Path, kind: str) -> Iterator[Logged | Skip]:
 
 def _log_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        yield from numbered_lines(file, longest=_MAX_LINE, opener=_opened)
+        yield from numbered_lines(file, longest=MAX_LINE, opener=_opened)
     except (zlib.error, EOFError) as error:
         raise MedbridgeError(f"{file}: can't be read ({error}).") from error
 
@@ -157,7 +141,7 @@ def _harness(row: Mapping[str, Any], task: str) -> Logged:
             "no generated text under 'resps': tasks that compare log-likelihoods draw no answers, so that they tell "
             "nothing of support. Run a generate_until task."
         )
-    item = _item({**doc, "target": row.get("target", doc.get("target"))}, task, str(row.get("doc_id")), row)
+    item = logged_item({**doc, "target": row.get("target", doc.get("target"))}, task, str(row.get("doc_id")), row)
     score = _verdict(row)
     return Logged(item, tuple(completions), scores=(score if len(completions) == 1 else None,) * len(completions))
 
@@ -171,8 +155,45 @@ def _plain(row: Mapping[str, Any], task: str, number: int) -> Logged:
     identity = next(
         (row[key] for key in ("id", "item_id", "dataset_index", "question_id", "qid") if key in row), number
     )
-    item = _item(row, str(row.get("dataset_name") or row.get("dataset") or task), str(identity), row)
+    item = logged_item(row, str(row.get("dataset_name") or row.get("dataset") or task), str(identity), row)
     return Logged(item, tuple(completions), greedy, (None,) * len(completions))
+
+
+def _thinker(row: Mapping[str, Any], task: str) -> Logged:
+    """A row of MedVLThinker's inference scripts: question and options stand in the prompt only, unless regraded."""
+    outputs = row.get("parsed_outputs")
+    drawn = [entry for entry in outputs or () if isinstance(entry, dict) and isinstance(entry.get("output_text"), str)]
+    if not drawn:
+        raise MedbridgeError("no 'output_text' under 'parsed_outputs'.")
+    question, options = _prompted(row.get("prompts"))
+    whole = {**row, "question": question, "options": row.get("options") or options}
+    identity = str(row.get("dataset_index", row.get("dp_index")))
+    item = logged_item(whole, str(row.get("dataset_name") or task), identity, whole)
+    scores = (entry.get("is_correct") for entry in drawn)
+    return Logged(
+        item, tuple(entry["output_text"] for entry in drawn),
+        scores=tuple(score if isinstance(score, bool) else None for score in scores),
+    )  # fmt: skip
+
+
+def _prompted(prompt: Any) -> tuple[str, dict[str, str]]:
+    """The question and the lettered options of a prompt: chat text, or the messages of an endpoint."""
+    if isinstance(prompt, list):
+        prompt = "\n".join(
+            message_text(m.get("content")) for m in prompt if isinstance(m, dict) and m.get("role") == "user"
+        )
+    _, asked, rest = str(prompt or "").partition("Question: ")
+    question, shown, listed = rest.rpartition("\n\nOptions:")
+    if not (asked and shown):
+        raise MedbridgeError("no question with options in its 'prompts'.")
+    options: dict[str, str] = {}
+    for part in _TURN_END.split(listed, maxsplit=1)[0].split("\n\n"):
+        letter, dot, text = part.partition(". ")
+        if dot and letter == LETTERS[len(options) : len(options) + 1]:
+            options[letter] = text
+        elif options and part.strip():  # an option of several paragraphs
+            options[LETTERS[len(options) - 1]] += f"\n\n{part}"
+    return question, options
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -191,147 +212,3 @@ def _verdict(row: Mapping[str, Any]) -> bool | None:
         if isinstance(value, bool | int | float) and value in (0, 1):
             return bool(value)
     return None
-
-
-# -- Inspect ------------------------------------------------------------------------------------------------------
-
-
-def _inspect(file: Path, kind: str) -> Iterator[Logged | Skip]:
-    for name, sample, task in _inspect_samples(file):
-        try:
-            yield _inspected(sample, task)
-        except (MedbridgeError, ValueError, TypeError, AttributeError) as error:
-            yield Skip(f"{file}/{name}" if name else str(file), None, None, str(error) or type(error).__name__)
-
-
-def _inspect_samples(file: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
-    try:
-        if not zipfile.is_zipfile(file):
-            log = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(log, dict) or not isinstance(log.get("samples"), list):
-                raise MedbridgeError(f"{file}: not a log of Inspect: it has no list of samples.")
-            for number, sample in enumerate(log["samples"]):
-                yield f"sample {number}", sample, _task(log)
-            return
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            header = next((m for m in members if m.filename in ("header.json", "_journal/start.json")), None)
-            task = "inspect" if header is None else _task(_member(archive, header, file))
-            for member in members:
-                if member.filename.startswith("samples/") and member.filename.endswith(".json"):
-                    yield member.filename, _member(archive, member, file), task
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise MedbridgeError(f"{file}: can't be read ({error}).") from error
-    except (ValueError, RecursionError) as error:
-        raise MedbridgeError(f"{file}: not valid JSON ({error}).") from error
-
-
-def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path) -> Any:
-    with archive.open(member) as stream:
-        content = stream.read(_MAX_LINE + 1)  # what the zip says of sizes is not trusted
-    if len(content) > _MAX_LINE:
-        raise MedbridgeError(f"{file}: {member.filename} holds more than {_MAX_LINE >> 20} MiB, which is no sample.")
-    return json.loads(content)
-
-
-def _task(log: Any) -> str:
-    found = log.get("eval", {}).get("task") if isinstance(log, dict) and isinstance(log.get("eval"), dict) else None
-    return str(found or "inspect")
-
-
-def _inspected(sample: dict[str, Any], task: str) -> Logged:
-    output = sample.get("output") or {}
-    choices = output.get("choices") or []
-    texts = [_message(choice.get("message", {}).get("content")) for choice in choices] or [
-        output.get("completion") or ""
-    ]
-    question = sample.get("input")
-    if isinstance(question, list):
-        question = next((_message(m.get("content")) for m in reversed(question) if m.get("role") == "user"), "")
-    given = sample.get("metadata")
-    metadata: dict[str, Any] = given if isinstance(given, dict) else {}
-    row = {
-        **metadata, "question": question, "options": sample.get("choices") or metadata.get("options"),
-        "target": sample.get("target"),
-    }  # fmt: skip
-    values = [score.get("value") for score in (sample.get("scores") or {}).values() if isinstance(score, dict)]
-    right = {"C": True, "I": False, 1: True, 0: False}
-    known = [right[value] for value in values if isinstance(value, str | int | float) and value in right]
-    score = known[0] if known and len(texts) == 1 else None
-    return Logged(_item(row, task, str(sample.get("id")), row), tuple(texts), scores=(score,) * len(texts))
-
-
-def _message(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    parts = [part.get("text", "") for part in content or [] if isinstance(part, dict) and part.get("type") == "text"]
-    return "\n".join(parts)
-
-
-# -- one question -------------------------------------------------------------------------------------------------
-
-
-def _item(row: Mapping[str, Any], dataset: str, identity: str, whole: Mapping[str, Any]) -> Item:
-    question = next((row[key] for key in _QUESTION_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
-    if question is None:
-        raise MedbridgeError(f"no question under any of: {', '.join(_QUESTION_KEYS)}.")
-    options = _options(row)
-    answer = _answer(row, options)
-    tags = {key: str(row[key]) for key in _STRATUM_KEYS if isinstance(row.get(key), str) and row[key].strip()}
-    named = ((one.get(key)) for key in _IMAGE_KEYS for one in (whole, row))
-    image = next((value for value in named if value not in (None, "", [])), None)
-    shown = json.dumps(image, sort_keys=True, default=str) if image is not None else question
-    tags["cluster"] = hashlib.blake2b(shown.encode("utf-8", "replace"), digest_size=8).hexdigest()
-    tags["task"] = dataset
-    return Item(
-        id=f"{dataset}/{identity}", dataset=dataset, split="test", question=question, answer=answer, options=options,
-        images=(), tags=tags, floor=0.0 if options is None else 1 / len(options),
-    )  # fmt: skip
-
-
-def _options(row: Mapping[str, Any]) -> tuple[str, ...] | None:
-    found = row.get("options", row.get("choices"))
-    if isinstance(found, str):
-        found = _written(found)
-    if isinstance(found, dict) and isinstance(found.get("text"), list):
-        found = found["text"]
-    if isinstance(found, dict):
-        found = [found[key] for key in sorted(found)]
-    if found is None and all(isinstance(row.get(letter), str) for letter in "AB"):
-        letters = [letter for letter in LETTERS if isinstance(row.get(letter), str)]
-        found = [row[letter] for letter in letters]
-    if not isinstance(found, list | tuple) or not found:
-        return None
-    texts = [re.sub(r"^\(?[A-Z][.):]\s+", "", str(option)).strip() for option in found]
-    return tuple(texts)
-
-
-def _written(text: str) -> Any:
-    """Options as JSON, or a line each ("A. heart")."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return [line.strip() for line in text.splitlines() if line.strip()] or None
-
-
-def _answer(row: Mapping[str, Any], options: tuple[str, ...] | None) -> str:
-    for key in _ANSWER_KEYS:
-        value = row.get(key)
-        if isinstance(value, list) and value:
-            value = value[0]
-        if value is None or isinstance(value, bool | dict | list) or str(value).strip() == "":
-            continue
-        text = str(value).strip()
-        if options is None:
-            return text
-        if text in options:
-            return text
-        letter = re.fullmatch(r"\(?([A-Za-z])[.):]?", text)
-        if letter and LETTERS.index(letter[1].upper()) < len(options):
-            return options[LETTERS.index(letter[1].upper())]
-        if text.isdecimal() and int(text) < len(options):
-            return options[int(text)]
-        folded = [option for option in options if option.casefold() == text.casefold()]
-        if len(folded) == 1:
-            return folded[0]
-    raise MedbridgeError(f"no right answer under any of {', '.join(_ANSWER_KEYS)} that is one of the options.")

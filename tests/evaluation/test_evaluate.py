@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from medbridge.cli import app
 from medbridge.data import Skip
 from medbridge.errors import MedbridgeError
-from medbridge.evaluation import Evaluation, evaluate_logs, read_logs
+from medbridge.evaluation import Evaluation, Logged, answered_in_log, evaluate_logs, read_logs
 from medbridge.evaluation.figures import ABSTAINED
 
 OPTIONS = ["Heart", "Liver", "Lung", "Spleen"]
@@ -75,6 +75,44 @@ def test_boxed_answers_are_read(tmp_path: Path) -> None:
     texts = [[rf"First \boxed{{A}}, no: \boxed{{{'ABCD'[n % 4]}}}"] for n in range(20)]
     [found] = evaluated(log(tmp_path / "a.jsonl", texts)).strata
     assert found.accuracy["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("C", "correct"),
+        (" (C) ", "correct"),
+        ("C. Lung", "correct"),
+        ("lung.", "correct"),
+        ("ANSWER: C", "correct"),
+        ("<think>It is B, or\nso.</think>\n\nC", "correct"),
+        ("B", "wrong"),
+        ("Liver", "wrong"),
+        ("C\nB", "abstain"),
+        ("The lung and the liver", "abstain"),
+        ("C is what it may be. " * 20, "abstain"),
+        ("<think>C", "abstain"),
+        ("<answer>C", "abstain"),
+        ("", "abstain"),
+    ],
+)
+def test_completions_without_a_form(tmp_path: Path, text: str, status: str) -> None:
+    """One short line is an answer; strictly read it is none."""
+    path = log(tmp_path / "a.jsonl", [["<answer>A</answer>"], ["<answer>B</answer>"], [text or " "]])
+    entry = answered_in_log([found for found in read_logs([path]) if isinstance(found, Logged)][2])
+    assert entry.readings["standard"][0].status == status
+    assert entry.readings["strict"][0].status == "abstain"
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [("Left lung.", "correct"), ("the heart", "wrong"), ("The answer is left lung.", "correct"), ("a\nb", "abstain")],
+)
+def test_open_completions_without_a_form(tmp_path: Path, text: str, status: str) -> None:
+    path = tmp_path / "open.jsonl"
+    path.write_text(json.dumps({"question": "Where?", "answer": "left lung", "completions": [text]}) + "\n")
+    [entry] = [answered_in_log(found) for found in read_logs([path]) if isinstance(found, Logged)]
+    assert entry.readings["standard"][0].status == status
 
 
 def test_the_logs_own_scores_are_compared(tmp_path: Path) -> None:

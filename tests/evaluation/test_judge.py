@@ -141,7 +141,7 @@ def test_nobody_there_and_a_store_that_is_none(tmp_path: Path) -> None:
 
 def test_the_command(endpoint: Endpoint, tmp_path: Path) -> None:
     row = {"question": "Which organ?", "answer": "liver", "image_id": 1}
-    answers = ["<answer>liver</answer>", "<answer>hepar</answer>", "<answer>lung</answer>", "no idea"]
+    answers = ["<answer>liver</answer>", "<answer>hepar</answer>", "<answer>lung</answer>", "no\nidea"]
     log = tmp_path / "log.jsonl"
     log.write_text(json.dumps({**row, "completions": answers}) + "\n")
     command = ["evaluate", str(log), "--judge-url", endpoint.url, "--judge-store", str(tmp_path / "j.sqlite")]

@@ -49,6 +49,60 @@ def test_a_row_a_filter_is_one_question(tmp_path: Path) -> None:
     assert one(path).completions == ("B",) and one(path).scores == (True,)
 
 
+QWEN = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"
+    "<|vision_end|>Write your final answer within <answer> </answer> tags.\n\nQuestion: Which organ is shown?\n\n"
+    "Options:\n\nA. Heart\n\nB. Liver\n\nC. Lung. Left\n\nand right<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def thinker(**changes: Any) -> dict[str, Any]:
+    """As MedVLThinker's inference scripts write a row."""
+    outputs = [
+        {"output_text": "<think>x</think> <answer>B</answer>", "pred_letter": "B", "is_correct": True},
+        {"output_text": "<answer>C. Lung</answer>", "pred_letter": "C. Lung", "is_correct": False},
+    ]
+    return {
+        "dp_index": 0, "prompts": QWEN, "dataset_name": "pmc_vqa", "dataset_index": 17, "answer_label": "B",
+        "answer": "Liver", "parsed_outputs": outputs, "num_rollouts": 2, "num_correct": 1, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "prompts": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QWEN.partition("user")[2]}]}
+            ]
+        },
+        {"options": {"A": "Heart", "B": "Liver", "C": "Lung. Left\n\nand right"}, "pass_at_num_rollouts": True},
+    ],
+)
+def test_medvlthinker(tmp_path: Path, changes: dict[str, Any]) -> None:
+    found = one(rows(tmp_path / "eval_results.jsonl", thinker(**changes)))
+    assert found.item.id == "pmc_vqa/17" and found.item.question == "Which organ is shown?"
+    assert found.item.options == ("Heart", "Liver", "Lung. Left\n\nand right") and found.item.answer == "Liver"
+    assert len(found.completions) == 2 and found.scores == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"parsed_outputs": []}, "no 'output_text'"),
+        ({"parsed_outputs": [{"text": "B"}, "B", None]}, "no 'output_text'"),
+        ({"prompts": None}, "no question with options in its 'prompts'"),
+        ({"prompts": "What is it?"}, "no question with options"),
+        ({"answer_label": "D", "answer": "Spleen"}, "no right answer"),
+    ],
+)
+def test_rows_of_medvlthinker_that_cannot_be_read(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    path = rows(tmp_path / "eval_results.jsonl", thinker(**changes), thinker(dataset_index=18))
+    skip, found = read_logs([path], "medvlthinker")
+    assert isinstance(skip, Skip) and reason in skip.reason and isinstance(found, Logged)
+
+
 def test_several_files_of_one_task_add_up(tmp_path: Path) -> None:
     paths = [
         rows(tmp_path / f"samples_t_2026-01-0{day}T00-00-00.jsonl", harness(0, [[text]], exact_match=text == "B"))
@@ -103,9 +157,9 @@ def test_inspect_eval(tmp_path: Path) -> None:
 
 
 def test_a_zip_bomb_ends_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import medbridge.evaluation.logs as module
+    import medbridge.evaluation.inspect_logs as module
 
-    monkeypatch.setattr(module, "_MAX_LINE", 1 << 16)
+    monkeypatch.setattr(module, "MAX_LINE", 1 << 16)
     path = tmp_path / "log.eval"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("samples/1_epoch_1.json", "0" * (1 << 22))

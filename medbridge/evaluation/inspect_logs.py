@@ -1,0 +1,80 @@
+"""Logs of Inspect: one JSON file (`.json`), or a zip of them (`.eval`)."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medbridge.data import Skip
+from medbridge.errors import MedbridgeError
+from medbridge.evaluation.logged import MAX_LINE, Logged, logged_item, message_text
+
+
+def read_inspect(file: Path) -> Iterator[Logged | Skip]:
+    """The samples of a log; epochs are completions of one question."""
+    for name, sample, task in _inspect_samples(file):
+        try:
+            yield _inspected(sample, task)
+        except (MedbridgeError, ValueError, TypeError, AttributeError) as error:
+            yield Skip(f"{file}/{name}" if name else str(file), None, None, str(error) or type(error).__name__)
+
+
+def _inspect_samples(file: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
+    try:
+        if not zipfile.is_zipfile(file):
+            log = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(log, dict) or not isinstance(log.get("samples"), list):
+                raise MedbridgeError(f"{file}: not a log of Inspect: it has no list of samples.")
+            for number, sample in enumerate(log["samples"]):
+                yield f"sample {number}", sample, _task(log)
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            header = next((m for m in members if m.filename in ("header.json", "_journal/start.json")), None)
+            task = "inspect" if header is None else _task(_member(archive, header, file))
+            for member in members:
+                if member.filename.startswith("samples/") and member.filename.endswith(".json"):
+                    yield member.filename, _member(archive, member, file), task
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise MedbridgeError(f"{file}: can't be read ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise MedbridgeError(f"{file}: not valid JSON ({error}).") from error
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path) -> Any:
+    with archive.open(member) as stream:
+        content = stream.read(MAX_LINE + 1)  # what the zip says of sizes is not trusted
+    if len(content) > MAX_LINE:
+        raise MedbridgeError(f"{file}: {member.filename} holds more than {MAX_LINE >> 20} MiB, which is no sample.")
+    return json.loads(content)
+
+
+def _task(log: Any) -> str:
+    found = log.get("eval", {}).get("task") if isinstance(log, dict) and isinstance(log.get("eval"), dict) else None
+    return str(found or "inspect")
+
+
+def _inspected(sample: dict[str, Any], task: str) -> Logged:
+    output = sample.get("output") or {}
+    choices = output.get("choices") or []
+    texts = [message_text(choice.get("message", {}).get("content")) for choice in choices] or [
+        output.get("completion") or ""
+    ]
+    question = sample.get("input")
+    if isinstance(question, list):
+        question = next((message_text(m.get("content")) for m in reversed(question) if m.get("role") == "user"), "")
+    given = sample.get("metadata")
+    metadata: dict[str, Any] = given if isinstance(given, dict) else {}
+    row = {
+        **metadata, "question": question, "options": sample.get("choices") or metadata.get("options"),
+        "target": sample.get("target"),
+    }  # fmt: skip
+    values = [score.get("value") for score in (sample.get("scores") or {}).values() if isinstance(score, dict)]
+    right = {"C": True, "I": False, 1: True, 0: False}
+    known = [right[value] for value in values if isinstance(value, str | int | float) and value in right]
+    score = known[0] if known and len(texts) == 1 else None
+    return Logged(logged_item(row, task, str(sample.get("id")), row), tuple(texts), scores=(score,) * len(texts))
