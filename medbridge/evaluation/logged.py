@@ -16,9 +16,11 @@ from medbridge.errors import MedbridgeError
 MAX_LINE = 64 << 20
 """Longest line, and largest JSON file within a zip, that is read, in bytes."""
 
-_QUESTION_KEYS = ("question", "query", "problem", "prompt", "input")
+QUESTION_KEYS = ("question", "query", "problem", "prompt", "input")
+"""Where a question stands, in order of preference."""
+
 _ANSWER_KEYS = ("answer", "answer_label", "target", "gold", "label", "answer_idx", "answerKey", "correct_option")
-_IMAGE_KEYS = ("image_id", "image_name", "image_path", "image_paths", "img_name", "image")
+_IMAGE_KEYS = ("image_id", "image_name", "image_path", "image_paths", "img_name", "image", "input_media")
 _STRATUM_KEYS = ("dataset_name", "category", "subject", "subset", "subfield", "task")
 
 
@@ -58,9 +60,9 @@ def logged_item(row: Mapping[str, Any], dataset: str, identity: str, whole: Mapp
     Raises:
         MedbridgeError: there is no question, or no right answer among its options.
     """
-    question = next((row[key] for key in _QUESTION_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
+    question = next((row[key] for key in QUESTION_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
     if question is None:
-        raise MedbridgeError(f"no question under any of: {', '.join(_QUESTION_KEYS)}.")
+        raise MedbridgeError(f"no question under any of: {', '.join(QUESTION_KEYS)}.")
     options = _options(row)
     answer = _answer(row, options)
     tags = {key: str(row[key]) for key in _STRATUM_KEYS if isinstance(row.get(key), str) and row[key].strip()}

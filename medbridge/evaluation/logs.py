@@ -8,6 +8,7 @@ elsewhere.
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import zipfile
 import zlib
@@ -21,7 +22,7 @@ from medbridge.data.importers.lines import numbered_lines, parse_row
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation.inspect_logs import read_inspect
-from medbridge.evaluation.logged import MAX_LINE, Logged, logged_item, message_text
+from medbridge.evaluation.logged import MAX_LINE, QUESTION_KEYS, Logged, logged_item, message_text
 
 FORMATS = ("lm-eval", "lmms-eval", "inspect", "medvlthinker", "rows")
 
@@ -39,6 +40,8 @@ _GREEDY_KEYS = ("greedy", "greedy_completion")
 
 _TURN_END = re.compile(r"<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|</s>")
 """What chat templates write behind a message."""
+
+_LETTERED_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S[^\n]*)$", re.MULTILINE)
 
 _SCORES = ("exact_match", "acc", "accuracy", "score", "correct", "is_correct")
 
@@ -103,7 +106,7 @@ def _opened(file: Path) -> IO[bytes]:
 
 def _rows(file: Path, kind: str) -> Iterator[Logged | Skip]:
     """lm-evaluation-harness and lmms-eval write a row a question and filter, other tools a row a question or sample."""
-    task = re.sub(r"^samples_|_\d{4}-\d{2}-\d{2}T.*$|_samples$", "", file.name.split(".")[0])
+    task = re.sub(r"^(?:.*_)?samples_|_\d{4}-\d{2}-\d{2}T.*$|_samples$", "", file.name.split(".")[0])
     seen: dict[str, str] = {}  # question -> the filter whose completions are taken
     for number, line in _log_lines(file):
         try:
@@ -141,9 +144,45 @@ def _harness(row: Mapping[str, Any], task: str) -> Logged:
             "no generated text under 'resps': tasks that compare log-likelihoods draw no answers, so that they tell "
             "nothing of support. Run a generate_until task."
         )
-    item = logged_item({**doc, "target": row.get("target", doc.get("target"))}, task, str(row.get("doc_id")), row)
+    asked = {**doc, "target": row.get("target", doc.get("target"))}
+    if not any(isinstance(asked.get(key), str) for key in QUESTION_KEYS):  # lmms-eval leaves the document out
+        prompt = _prompt_text(row)
+        asked |= {"question": prompt, "options": asked.get("options") or _lettered(prompt)}
+        if asked["options"] is None and re.fullmatch(r"\(?[A-Z]\)?", str(asked["target"])):
+            raise MedbridgeError(f"the right answer is {asked['target']}, and its prompt lists no options by letter.")
+    item = logged_item(asked, task, str(row.get("doc_id")), row)
     score = _verdict(row)
     return Logged(item, tuple(completions), scores=(score if len(completions) == 1 else None,) * len(completions))
+
+
+def _prompt_text(row: Mapping[str, Any]) -> str:
+    """What the model was asked: lmms-eval's `input`, or the first argument of lm-evaluation-harness."""
+    given = row.get("input", row.get("arguments"))
+    while isinstance(given, dict | list) and given:  # {"gen_args_0": {"arg_0": ...}} or [[...]]
+        given = next(iter(given.values())) if isinstance(given, dict) else given[0]
+    text = given if isinstance(given, str) else ""
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        messages = json.loads(text)  # a chat, written as JSON
+        return message_text(next(m["content"] for m in reversed(messages) if m["role"] == "user"))
+    except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
+        return text
+
+
+def _lettered(prompt: str) -> list[str] | None:
+    """The last options that a prompt lists, a lettered line each: those before belong to its examples."""
+    found: list[str] = []
+    last: list[str] | None = None
+    for match in _LETTERED_LINE.finditer(prompt):
+        if match[1] == "A":
+            found = []
+        elif match[1] != LETTERS[len(found) : len(found) + 1]:
+            continue
+        found.append(match[2].strip())
+        if len(found) > 1:
+            last = found
+    return last
 
 
 def _plain(row: Mapping[str, Any], task: str, number: int) -> Logged:

@@ -49,6 +49,68 @@ def test_a_row_a_filter_is_one_question(tmp_path: Path) -> None:
     assert one(path).completions == ("B",) and one(path).scores == (True,)
 
 
+def lmms(doc_id: int, **changes: Any) -> dict[str, Any]:
+    """As lmms-eval writes a row: without the document, and without `resps` where filters change nothing."""
+    prompt = (
+        "Answer the following question. The last line should be 'Answer: $LETTER'.\nQuestion: Which organ is shown?\n"
+        "A. Heart\nB. Liver\nC. Lung\n"
+    )
+    return {
+        "doc_id": doc_id, "target": "B", "filtered_resps": "I see the liver.\nAnswer: B", "token_counts": [None],
+        "doc_hash": "74ab", "input": prompt, "input_media": ["slake/xmlab1/source.jpg"], "accuracy": 1.0, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["20261123_101500_samples_slake_closed.jsonl", "samples_slake_closed_2026-01-01T1.jsonl"]
+)
+def test_lmms_eval(tmp_path: Path, name: str) -> None:
+    path = rows(tmp_path / name, lmms(0), lmms(1, resps=["Answer: A", "Answer: B"], filtered_resps="A"))
+    first, second = read_logs([path])
+    assert isinstance(first, Logged) and isinstance(second, Logged)
+    assert first.item.id == "slake_closed/0" and first.item.options == ("Heart", "Liver", "Lung")
+    assert first.item.answer == "Liver" and first.completions == ("I see the liver.\nAnswer: B",)
+    assert first.scores == (True,) and second.completions == ("Answer: A", "Answer: B")
+    assert first.item.tags["cluster"] == second.item.tags["cluster"]  # the same picture
+
+
+CHAT = [{"role": "system", "content": "A. x"}, {"role": "user", "content": "q?\nA) Heart\nB) Liver"}]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Example\nA. One\nB. Two\nAnswer: A\n\nNow\n(A) Heart\n(B) Liver",
+        json.dumps(CHAT),
+        "Where?\nA: Heart\nC: Lung\nB: Liver",
+    ],
+)
+@pytest.mark.parametrize("form", ["input", "list", "dict"])
+def test_options_in_a_prompt(tmp_path: Path, prompt: str, form: str) -> None:
+    forms: dict[str, dict[str, Any]] = {
+        "input": {"input": prompt},
+        "list": {"arguments": [[prompt, {"until": []}]], "doc": {"idx": 1}},
+        "dict": {"arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {}}}, "doc": {"idx": 1}},
+    }
+    row = {key: value for key, value in lmms(0).items() if key != "input"}
+    found = one(rows(tmp_path / "samples_t.jsonl", {**row, **forms[form]}))
+    assert found.item.options == ("Heart", "Liver") and found.item.answer == "Liver"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"input": "A. is the aorta shown?"}, "the right answer is B, and its prompt lists no options"),
+        ({"input": ""}, "the right answer is B"),
+        ({"input": "", "target": "liver"}, "no question"),
+        ({"input": {"a": []}, "target": "liver"}, "no question"),
+    ],
+)
+def test_prompts_that_say_too_little(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    [skip] = read_logs([rows(tmp_path / "samples_t.jsonl", lmms(0, **changes))])
+    assert isinstance(skip, Skip) and reason in skip.reason
+
+
 QWEN = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"
     "<|vision_end|>Write your final answer within <answer> </answer> tags.\n\nQuestion: Which organ is shown?\n\n"
