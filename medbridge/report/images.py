@@ -28,10 +28,16 @@ class Picture:
 
 
 class Embedder:
-    """Turns image files into `Picture`s until `budget` bytes of URIs are used up."""
+    """Turns image files into `Picture`s until `budget` bytes of URIs are used up.
+
+    Attributes:
+        left: bytes that are left.
+        full: an image did not fit, so that others of its kind won't either.
+    """
 
     def __init__(self, budget: int) -> None:
         self.left = budget
+        self.full = False
 
     def embed(self, path: str) -> Picture:
         """The image at `path`, made small, or a note where it can't be read or kept."""
@@ -49,6 +55,7 @@ class Embedder:
         kind, content = _smaller(_without_colour(image))
         uri = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
         if len(uri) > self.left:
+            self.full = True
             return Picture(name, "", 0, 0, "Left out to keep this file small.")
         self.left -= len(uri)
         return Picture(name, uri, image.width, image.height, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Question:
     """One measured question.
 
     Attributes:
+        images: their files, in the order in which they are asked about.
         counts: by model, right samples, all samples, and how the greedy completion came out.
         answers: completions of every model; None where they were left out.
     """
@@ -55,7 +57,7 @@ class Question:
     question: str
     answer: str
     options: tuple[str, ...] | None
-    image: str | None
+    images: tuple[str, ...]
     counts: Mapping[str, tuple[int, int, Status | None]]
     answers: Answers | None = None
 
@@ -123,16 +125,12 @@ def _anchor(study: StudyResult, model: str, stratum: str) -> str:
 
 def _data(study: StudyResult, questions: Sequence[Question]) -> Markup:
     """What the script reads: models and strata are named by their places."""
-    embedder = Embedder(IMAGE_BYTES)
     names = [row.name for row in study.models]
     length = _length(questions)
-    pictures: list[str] = []
-    place: dict[str, int] = {}  # of a file's picture: many questions show the same
+    pictures = _pictures(questions)
+    place = {path: at for at, path in enumerate(pictures)}
     items: list[dict[str, Any]] = []
     for entry in questions:
-        if entry.image is not None and entry.image not in place and embedder.left > 0:
-            place[entry.image] = len(pictures)
-            pictures.append(embedder.embed(entry.image).uri)
         item_id, question, answer, *options = (_cut(text, length) for text in _texts(entry))
         items.append(
             {
@@ -142,14 +140,28 @@ def _data(study: StudyResult, questions: Sequence[Question]) -> Markup:
                 "answer": answer,
                 "options": None if entry.options is None else options,
                 "right": None if entry.options is None else entry.options.index(entry.answer),
-                "picture": place.get(entry.image or ""),
+                "pictures": [place.get(path) for path in entry.images],
                 "counts": [_count(entry.counts.get(name)) for name in names],
                 "answers": None if entry.answers is None else entry.answers.records,
                 "whole": entry.answers is not None and entry.answers.whole,
             }
         )
     models, strata = ([clean(name) for name in names] for names in (names, study.strata))
-    return Markup(json_text({"models": models, "strata": strata, "pictures": pictures, "items": items}))
+    shown = list(pictures.values())
+    return Markup(json_text({"models": models, "strata": strata, "pictures": shown, "items": items}))
+
+
+def _pictures(questions: Sequence[Question]) -> dict[str, str]:
+    """Data URIs of image files, empty for one that can't be shown; the first image of each question comes first."""
+    embedder = Embedder(IMAGE_BYTES)
+    found: dict[str, str] = {}
+    paths = [entry.images[:1] for entry in questions] + [entry.images[1:] for entry in questions]
+    for path in chain.from_iterable(paths):
+        if embedder.full:
+            break
+        if path not in found:
+            found[path] = embedder.embed(path).uri
+    return found
 
 
 def _texts(question: Question) -> tuple[str, ...]:

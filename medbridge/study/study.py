@@ -269,7 +269,7 @@ class Study(Run):
                 item.question,
                 item.answer,
                 item.options,
-                item.images[0] if item.images else None,
+                item.images,
                 counts[item.id],
                 answers.get(item.id),
             )

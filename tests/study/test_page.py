@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -13,7 +14,9 @@ import pytest
 from pages import CONTRAST, overflow
 from PIL import Image
 
+from medbridge.report import images as report_images
 from medbridge.report.view import Estimate
+from medbridge.study import page as study_page
 from medbridge.study.answers import STATUSES, Answers, choose_answers
 from medbridge.study.findings import find
 from medbridge.study.page import Question, render
@@ -48,10 +51,10 @@ def study() -> StudyResult:
     )  # fmt: skip
 
 
-def questions(count: int, image: str | None = None, answers: Mapping[str, Answers] | None = None) -> list[Question]:
+def questions(count: int, images: tuple[str, ...] = (), answers: Mapping[str, Answers] | None = None) -> list[Question]:
     return [
         Question(
-            f"d/test/{n}", STRATA[n % 2], f"Is number {n} </script> here?", "Yes", ("Yes", "No"), image,
+            f"d/test/{n}", STRATA[n % 2], f"Is number {n} </script> here?", "Yes", ("Yes", "No"), images,
             {"base": (n % 9, 8, STATUSES[n % 3]), "after SFT": (n % 17, 16, STATUSES[n % 2])},
             (answers or {}).get(f"d/test/{n}"),
         )
@@ -70,7 +73,7 @@ def open_study(show: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
         picture = tmp_path / "picture.png"
         Image.new("L", (40, 30), 128).save(picture)
         page = tmp_path / "study.html"
-        page.write_text(render(study(), questions(count, str(picture), answers)), encoding="utf-8")
+        page.write_text(render(study(), questions(count, (str(picture),), answers)), encoding="utf-8")
         return show(page, *window)
 
     return open_it
@@ -245,6 +248,51 @@ def test_hostile_completions(open_study: Callable[..., Any], answered: Callable[
     assert second.startswith("\ufffdxxx") and "characters left out" in second
     assert max(len(first), len(second)) < 1000 and overflow(page) <= 0
     assert page.locator("#detail img").count() == 1 and page.locator("#detail b").count() == 0
+
+
+@pytest.mark.browser
+def test_every_image_of_a_question_in_its_order(show: Callable[..., Any], tmp_path: Path) -> None:
+    paths = [tmp_path / f"{shade}.png" for shade in (10, 200, 120)]
+    for path in paths:
+        Image.new("L", (8, 8), int(path.stem)).save(path)
+    names = tuple(map(str, paths))
+    several, missing = replace(questions(1)[0], images=names), (names[2], str(tmp_path / "gone.png"))
+    page_file = tmp_path / "study.html"
+    page_file.write_text(render(study(), [several, replace(several, id="d/test/1", images=missing)]), encoding="utf-8")
+    page = show(page_file)
+    assert "d/test/0 · 3 images" in page.locator(".entry").first.inner_text()
+    page.locator(".entry button").first.click()
+    shown = page.locator("#detail .pictures img")
+    shown.last.wait_for()
+    shades = shown.evaluate_all(
+        """found => found.map(image => {
+          const canvas = Object.assign(document.createElement("canvas"), {width: 8, height: 8});
+          canvas.getContext("2d").drawImage(image, 0, 0);
+          return canvas.getContext("2d").getImageData(4, 4, 1, 1).data[0];
+        })"""
+    )
+    assert shades == [10, 200, 120]
+    assert shown.nth(1).get_attribute("alt") == "Image 2 of 3 of the question"
+    page.locator(".entry button").nth(1).click()
+    assert page.locator("#detail .pictures li").all_inner_texts() == ["", "Image 2 of 2 is not in this page."]
+    assert page.locator(".entry img").count() == 2 and overflow(page) <= 0
+
+
+def test_first_images_come_before_others_and_reading_stops_with_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [str(tmp_path / f"{n}.png") for n in range(8)]
+    for n, file in enumerate(files):
+        Image.frombytes("L", (64, 64), random.Random(n).randbytes(64 * 64)).save(file)
+    read: list[str] = []
+    real = report_images.load_image
+    monkeypatch.setattr(report_images, "load_image", lambda path: read.append(path) or real(path))
+    monkeypatch.setattr(study_page, "IMAGE_BYTES", 20_000)  # three of them
+    many = [replace(entry, images=(files[n], files[n + 4])) for n, entry in enumerate(questions(4))]
+    content = data_of(render(study(), many))
+    assert read == files[:4]
+    assert [bool(uri) for uri in content["pictures"]] == [True, True, True, False]
+    assert [item["pictures"] for item in content["items"]] == [[0, None], [1, None], [2, None], [3, None]]
 
 
 @pytest.mark.browser

@@ -30,6 +30,12 @@ MAX_FRAMES = 64
 _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 """How a window's values become grey levels, as a header may say."""
 
+_OF_A_FRAME = {
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
+}
+"""What a multi-frame file of the enhanced kinds may say for each frame, where others say it for the file."""
+
 _NOT_DICOM = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".md")
 
 
@@ -118,6 +124,27 @@ def _frames(header: Any, settings: DicomSettings) -> list[int]:
     return [settings.frame]
 
 
+def _shown(header: Any, frame: int) -> Any:
+    """What says how one frame is shown: its own functional groups before those of all frames (PS3.3 C.7.6.16)."""
+    names = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+    shared, own = (header.get(name) or [] for name in names)
+    groups = [*shared[:1], *own[frame : frame + 1]]
+    said = {
+        name: part[0][name]
+        for group in groups
+        for sequence, names in _OF_A_FRAME.items()
+        if (part := group.get(sequence))
+        for name in names
+        if name in part[0]
+    }
+    if not said:
+        return header
+    chosen = header.group_dataset(0x0028)  # all that tells how pixels are shown
+    for element in said.values():
+        chosen[element.tag] = element
+    return chosen
+
+
 def _pixels(header: Any, frame: int, settings: DicomSettings) -> np.ndarray:
     """One frame, uint8 [height, width] or [height, width, 3]."""
     from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
@@ -131,6 +158,7 @@ def _pixels(header: Any, frame: int, settings: DicomSettings) -> np.ndarray:
         return stretched(values[..., :3], 0, np.iinfo(values.dtype).max)
     if values.ndim == 3:
         return stretched(values[..., :3], 0, 2 ** int(header.BitsStored) - 1)
+    header = _shown(header, frame)
     values = apply_modality_lut(values, header)
     if settings.window == "file" and header.get("VOILUTSequence"):
         values = apply_voi(values, header)

@@ -70,6 +70,8 @@
     else draw();
   }
 
+  const shown = (at) => (at === null ? "" : data.pictures[at]);
+
   // -- the list ----------------------------------------------------------------------------------------------
 
   function told(found) {
@@ -87,7 +89,7 @@
     button.type = "button";
     button.setAttribute("aria-controls", "detail");
     button.addEventListener("click", () => (opened === item ? close() : open(at)));
-    const source = item.picture === null ? "" : data.pictures[item.picture];
+    const [source] = item.pictures.map(shown);
     const picture = element(source ? "img" : "span");
     if (source) {
       picture.src = source;
@@ -96,7 +98,8 @@
     const what = element("span", "", "what");
     what.append(element("bdi", item.question, "number"));
     what.append(element("bdi", "Answer: " + item.answer + (item.options ? "  (of " + item.options.join(" · ") + ")" : "")));
-    what.append(element("bdi", data.strata[item.stratum] + " · " + item.id, "note"));
+    const several = item.pictures.length > 1 ? " · " + item.pictures.length + " images" : "";
+    what.append(element("bdi", data.strata[item.stratum] + " · " + item.id + several, "note"));
     const counts = element("span", "", "counts");
     data.models.forEach((name, model) => counts.append(element("bdi", name + ": " + told(item.counts[model]))));
     button.append(picture, what, counts);
@@ -196,6 +199,23 @@
     return made;
   }
 
+  /** Every image of a question, in the order in which it is asked about. */
+  function pictures(item) {
+    const made = element("ol", "", "pictures");
+    item.pictures.map(shown).forEach((source, at) => {
+      const entry = element("li");
+      const number = item.pictures.length > 1 ? " " + (at + 1) + " of " + item.pictures.length : "";
+      if (source) {
+        const picture = element("img");
+        picture.src = source;
+        picture.alt = "Image" + number + " of the question";
+        entry.append(picture);
+      } else entry.append(element("span", "Image" + number + " is not in this page.", "note"));
+      made.append(entry);
+    });
+    return made;
+  }
+
   function options(item) {
     if (!item.options) {
       const made = element("p", "Right answer: ");
@@ -223,12 +243,7 @@
     button.addEventListener("click", close);
     top.append(title, button);
     const asked = element("div", "", "asked-with");
-    if (item.picture !== null && data.pictures[item.picture]) {
-      const picture = element("img");
-      picture.src = data.pictures[item.picture];
-      picture.alt = "Image of the question";
-      asked.append(picture);
-    }
+    if (item.pictures.length) asked.append(pictures(item));
     const place = element("p", "", "note");
     place.append(element("bdi", data.strata[item.stratum] + " · " + item.id));
     const answer = element("div");

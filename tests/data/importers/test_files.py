@@ -172,6 +172,54 @@ def test_frames_by_choice(tmp_path: Path) -> None:
         opened(root, kind="dicom", dicom={"frame": 5})
 
 
+def group(slope: float | None = None, window: tuple[float, float] | None = None, function: str = "") -> Any:
+    """A functional group of an enhanced file, which says for frames what other files say for all pixels."""
+    made, part = pydicom.Dataset(), pydicom.Dataset()
+    if slope is not None:
+        part.RescaleSlope, part.RescaleIntercept, part.RescaleType = slope, -10, "HU"
+        made.PixelValueTransformationSequence = [part]
+    if window is not None:
+        shown = pydicom.Dataset()
+        shown.WindowCenter, shown.WindowWidth = window
+        if function:
+            shown.VOILUTFunction = function
+        made.FrameVOILUTSequence = [shown]
+    return made
+
+
+def test_enhanced_files_say_for_each_frame_how_it_is_shown(tmp_path: Path) -> None:
+    own = [group(3, (50, 40)), group(window=(20.5, 11), function="SIGMOID"), pydicom.Dataset()]
+
+    def enhanced(data: Any) -> None:
+        data.NumberOfFrames = 4  # one more than there are groups
+        data.PixelData = np.tile(np.arange(48, dtype=np.uint16), 4).tobytes()
+        data.SharedFunctionalGroupsSequence = [group(2, (30, 20))]
+        data.PerFrameFunctionalGroupsSequence = own
+
+    def alone(*said: Any) -> bytes:
+        def change(data: Any) -> None:
+            for part in said:
+                for sequence in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                    data.update(part.get(sequence, [{}])[0])
+
+        return dicom(change)
+
+    shared = group(2, (30, 20))
+    expected = [as_shown(alone(shared, part)) for part in (*own, shared)]
+    assert len({level.tobytes() for level in expected}) == 3
+    root = dicoms(tmp_path / "d", dicom(enhanced), dicom())
+    (item,) = (one for one in opened(root, kind="dicom", dicom={"frame": "all"}).items if len(one.images) == 4)
+    for path, levels in zip(item.images, expected, strict=True):
+        assert np.abs(np.asarray(Image.open(path), float) - levels).max() <= 1
+    # A window of one's own is in the units that the groups rescale to.
+    (item,) = (
+        one for one in opened(root, kind="dicom", dicom={"frame": "all", "window": [40, 21]}).items if one.images[1:]
+    )
+    values = [np.arange(48).reshape(6, 8) * slope - 10 for slope in (3, 2)]
+    for path, value in zip(item.images[:2], values, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.round(np.clip((value - 29.5) / 20, 0, 1) * 255))
+
+
 def test_nothing_of_a_patient(tmp_path: Path) -> None:
     root = dicoms(tmp_path / "d", dicom(), dicom(lambda data: setattr(data, "WindowCenter", 3)), b"broken")
     settings = {"kind": "dicom", "path": ".", "dicom": {"tags": ["Modality"], "window": "full"}}
