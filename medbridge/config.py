@@ -171,7 +171,7 @@ class RunSettings(BaseModel):
         return self
 
 
-Settings = TypeVar("Settings", bound=RunSettings)
+Settings = TypeVar("Settings", bound=BaseModel)
 """The schema of a file: a run's, or one that has further sections."""
 
 

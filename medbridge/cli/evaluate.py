@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +30,7 @@ from medbridge.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from medbridge.data import PromptSettings
     from medbridge.evaluation import Evaluation, StratumResult
 
 
@@ -119,20 +120,21 @@ def evaluate(
     configs = [path for path in sources or () if path.suffix in (".yaml", ".yml")]
     logs = [path for path in sources or () if path not in configs]
     measure = bool(configs or model or data)
-    if logs and (measure or run or overrides or split or stage is not None):
+    if logs and (measure or run or split or stage is not None):
         raise MedbridgeError(
-            "logs are evaluated by themselves: leave out --run, --model, --data and any configuration."
+            "logs are evaluated by themselves: leave out --run, --model, --data, --split, --stage and configurations. "
+            "How open answers are graded can be set: --set data.prompt.f1_from=0.8."
         )
     if len(configs) > 1:
         raise MedbridgeError(f"one configuration at a time, not {len(configs)}.")
     if measure and stage is not None:
         raise MedbridgeError("--stage picks one of a run's measurements: give it with --run alone.")
-    if not measure and (overrides or split):
+    if not (measure or logs) and (overrides or split):
         raise MedbridgeError("--set and --split say how a model is measured: give CONFIG.yaml, or --model and --data.")
     with _judge(judge_url, judge_model, judge_store) as open_judge:
         how: dict[str, Any] = {"reading": reading, "ordered": ordered or (), "open_judge": open_judge}
         if logs:
-            found = _of_logs(logs, kind, by=by or (), **how)
+            found = _of_logs(logs, kind, prompt=_prompt(overrides or ()), by=by or (), **how)
         elif measure:
             found = _of_model(configs[0] if configs else None, run, model, data, overrides, split, by=by, **how)
         elif run is not None:
@@ -172,6 +174,21 @@ def _judge(url: str | None, model: str | None, store: Path) -> Iterator[Any]:
         key = os.environ.get("MEDBRIDGE_JUDGE_KEY")
         with Judge(url, model, store, key=key, bar=bar) as judge:
             yield judge
+
+
+def _prompt(overrides: Sequence[str]) -> PromptSettings:
+    """How answers in logs are graded."""
+    from medbridge.config import parse_config
+    from medbridge.data import PromptSettings
+    from medbridge.errors import MedbridgeError
+
+    below = "data.prompt."
+    if other := [override for override in overrides if not override.startswith(below)]:
+        raise MedbridgeError(
+            f"--set {other[0]}: of logs only how answers are graded can be set, such as --set data.prompt.f1_from=0.8."
+        )
+    own = [override.removeprefix(below) for override in overrides]
+    return parse_config("", source="--set", overrides=own, schema=PromptSettings)
 
 
 def _of_logs(logs: list[Path], kind: str, **how: Any) -> Evaluation:
@@ -224,6 +241,8 @@ def _print(found: Evaluation) -> None:
     stdout.print(table)
     for row in found.strata:
         _print_details(row)
+    for note in found.notes:
+        stdout.print(f"note: {note}", soft_wrap=True, markup=False)
     if found.skipped:
         stdout.print(f"{len(found.skipped)} rows left out; the first: {found.skipped[0]}", soft_wrap=True, markup=False)
 
@@ -259,6 +278,8 @@ def _print_details(row: StratumResult) -> None:
             words += f"; the right quantity in {row.open_answers['same_quantity']:.2f} of those asked for one"
         if "judged" in row.open_answers:
             words += f"; right by the judge {row.open_answers['judged']:.2f}"
+            if row.open_answers["undecided"]:
+                words += f" ({row.open_answers['undecided']:.0f} it did not decide)"
         stdout.print(words, markup=False)
     if row.ordinal is not None:
         error, kappa = row.ordinal["mean_absolute_error"], row.ordinal["quadratic_kappa"]

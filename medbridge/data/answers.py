@@ -8,7 +8,7 @@ takes time linear in the completion's length whatever a model writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -245,7 +245,29 @@ def _letter(part: _Part, shown: Sequence[str]) -> Reading | None:
     stated = _statement(text)
     stop = stated.end if stated is not None and not part.tagged else len(text)
     named = {_match(text[end:stop], shown), _match(text[:start], shown) if part.tagged else None}
+    named |= {_opens(text, end, stop, shown), *_repeated(text, end, stop, shown)}
     return Reading(position, start, end) if named <= {position, None} else None
+
+
+_ENTRY = re.compile(r"(?<![\w'\u2019])[(\[]?([A-Z])[*_]{0,2}[)\].:]\s")
+
+
+def _repeated(text: str, start: int, stop: int, shown: Sequence[str]) -> Iterator[int]:
+    """Displayed options that stand in text[start:stop] with their letters: several are a list, and no choice."""
+    for match in _ENTRY.finditer(text, start, stop):
+        position = LETTERS.find(match.group(1))
+        if position == _opens(text, match.end(), stop, shown):
+            yield position
+
+
+def _opens(text: str, start: int, stop: int, shown: Sequence[str]) -> int | None:
+    """The option whose full text text[start:stop] begins with; the longest of several."""
+    options = [normalise(option) for option in shown]
+    reach = 2 * max(map(len, options), default=0) + 16  # what is dropped between words needs some room
+    words = f"{normalise(text[start : min(stop, start + reach)])} "
+    found = [position for position, option in enumerate(options) if option and words.startswith(f"{option} ")]
+    longest = max(found, key=lambda position: len(options[position]), default=None)
+    return None if longest is None or options.count(options[longest]) > 1 else longest
 
 
 def _letters_in_tag(text: str, shown: Sequence[str]) -> list[tuple[int, int]]:
@@ -317,7 +339,13 @@ def _bare_yes_no(part: _Part, shown: Sequence[str]) -> Reading | None:
     """For the options yes and no: the one that a text says in a whole word."""
     options = [_fold(option) for option in shown]
     found = _yes_no(part.text) if sorted(options) == sorted(_YES_NO) else None
-    return found and Reading(options.index(_fold(part.text[found.start : found.end])), found.start, found.end)
+    if found is None:
+        return None
+    position = options.index(_fold(part.text[found.start : found.end]))
+    spans = _letters_in_tag(part.text, shown) if part.tagged else _stated_letter(part.text)
+    letters = {part.text[start:end].upper() for start, end in spans}
+    # "Yes (B)" where B is no says neither.
+    return Reading(position, found.start, found.end) if letters <= {LETTERS[position]} else None
 
 
 def _option_text(part: _Part, shown: Sequence[str]) -> Reading | None:

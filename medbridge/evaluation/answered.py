@@ -20,7 +20,8 @@ from medbridge.ledger import Ledger, Stage
 from medbridge.measurement.counting import stored_outcomes
 from medbridge.rollout import GREEDY
 
-_BOXED = re.compile(r"\\boxed\{([^{}]{0,400})\}")
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]{0,400}\}){0,400})\}")
+_DRESSED = re.compile(r"\\(?:text|mathrm|mathbf|mbox)[a-z]{0,4}\{([^{}]*)\}")
 
 _TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
 
@@ -43,6 +44,7 @@ class Answered:
         readings: the outcomes under each reading of the answers that was asked for.
         cut: sampled completions that ended at their token limit; None where that isn't known.
         scores: of sampled completions, what the log they come from made of them: right or wrong.
+        distinct: different texts among the sampled completions; None where that wasn't counted.
     """
 
     item: Item
@@ -50,23 +52,40 @@ class Answered:
     readings: Mapping[ReadingName, Outcomes]
     cut: int | None = None
     scores: Mapping[int, bool] = field(default_factory=dict)
+    distinct: int | None = None
 
 
-def answered_in_log(entry: Logged) -> Answered:
-    """One question of a log, its completions graded under every reading."""
-    item, settings = entry.item, PromptSettings(answer_style="letter")
-    order = tuple(range(len(item.options or ())))
+def answered_in_log(entry: Logged, settings: PromptSettings | None = None, *, cluster: str | None = None) -> Answered:
+    """One question of a log, its completions graded under every reading.
+
+    Args:
+        entry: the question.
+        settings: which open answers count as right; None: the defaults.
+        cluster: what it shares with questions that it depends on; None: the images that it shows.
+    """
+    item, settings = entry.item, settings or PromptSettings()
     texts = dict(enumerate(entry.completions)) | ({} if entry.greedy is None else {GREEDY: entry.greedy})
     found: dict[ReadingName, dict[int, Outcome]] = {name: {} for name in READINGS}
     for sample, text in texts.items():
-        written = _tagged(text)
-        outcome = grade(item, order, written, settings)
-        if outcome.status == "abstain" and (bare := _bare(written)) is not None:
-            written, outcome = bare, replace(grade(item, order, bare, settings), well_formed=False)
-        for name in READINGS:
-            found[name][sample] = regrade(item, order, written, outcome, settings, name)
+        for name, outcome in _read(item, text, settings).items():
+            # Of several answers that are accepted, one is enough.
+            for other in entry.accepted:
+                if outcome.status == "wrong":
+                    again = _read(replace(item, answer=other), text, settings)[name]
+                    outcome = again if again.status == "correct" else outcome
+            found[name][sample] = outcome
     scores = {sample: score for sample, score in enumerate(entry.scores) if score is not None}
-    return Answered(item, item.tags["cluster"], found, scores=scores)
+    named = " | ".join(entry.shows) if cluster is None else cluster
+    return Answered(item, named, found, entry.cut, scores, len(set(entry.completions)))
+
+
+def _read(item: Item, text: str, settings: PromptSettings) -> dict[ReadingName, Outcome]:
+    order = tuple(range(len(item.options or ())))
+    written = _tagged(text)
+    outcome = grade(item, order, written, settings)
+    if outcome.status == "abstain" and (bare := _bare(written)) is not None:
+        written, outcome = bare, replace(grade(item, order, bare, settings), well_formed=False)
+    return {name: regrade(item, order, written, outcome, settings, name) for name in READINGS}
 
 
 def answered_in_stage(ledger: Ledger, stage: Stage, readings: Sequence[ReadingName] = READINGS) -> list[Answered]:
@@ -150,4 +169,5 @@ def _tagged(text: str) -> str:
     if not boxes or "<answer>" in text.lower():
         return text
     last = boxes[-1]
-    return f"{text[: last.start()]}<answer>{last[1]}</answer>"
+    plain = _DRESSED.sub(r"\1", last[1])
+    return f"{text[: last.start()]}<answer>{plain}</answer>"

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medbridge.data import Skip
+from medbridge.data import PromptSettings, Skip
 from medbridge.data.readings import ReadingName
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation import figures
 from medbridge.evaluation.answered import Answered, answered_in_log
 from medbridge.evaluation.logged import Logged
+from medbridge.measurement import linked, no_verdict
 from medbridge.measurement.counting import count
-from medbridge.support import Evidence, GateSettings, Measured, SupportEstimate, Tally, Verdict, judge, measure
+from medbridge.support import Evidence, GateSettings, Measured, SupportEstimate, Tally, judge, measure
+from medbridge.support.guard import Facts, GuardSettings, Repeats, check
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Evaluation:
         source: what was evaluated, in words: a model and a split, or log files.
         strata: results by stratum; `datasets` by data set, where that is another division.
         confidence: of every interval, two-sided.
+        skipped: why rows of logs were left out.
+        notes: what else a reader of the figures should know.
     """
 
     source: str
@@ -82,6 +86,7 @@ class Evaluation:
     datasets: tuple[StratumResult, ...]
     confidence: float
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -99,6 +104,9 @@ def evaluate(
     seed: int = 0,
     open_judge: figures.OpenJudge | None = None,
     source: str = "",
+    given: Mapping[str, tuple[str, str]] | None = None,
+    doubted: Mapping[str, str] | None = None,
+    guard: GuardSettings | None = None,
 ) -> Evaluation:
     """Count and judge answered questions.
 
@@ -112,19 +120,38 @@ def evaluate(
         seed: of the bootstrap.
         open_judge: compares open answers whose words differ from the right one's. What it says is told beside the
             readings and changes no verdict. None: there is none.
+        source: what is evaluated, in words.
+        given: verdicts, with their reasons, that strata of these names already have.
+        doubted: items whose measurement can't be trusted, with the reason; what holds one gets no verdict.
+        guard: from when on completions aren't trusted; None: the defaults.
 
     Raises:
-        MedbridgeError: an item lacks a tag, or is no grade where grades are said to be.
+        MedbridgeError: an item lacks a tag, is no grade where grades are said to be, or `ordered` names no data set.
     """
     settings = gate or GateSettings()
+    if unknown := sorted(set(ordered) - {entry.item.dataset for entry in entries}):
+        known = ", ".join(sorted({entry.item.dataset for entry in entries}))
+        raise MedbridgeError(f"no data set is named {unknown[0]!r} to be in order; there are: {known}.")
     if open_judge is not None:
         open_judge.prepare(figures.to_compare(entries, reading))
 
-    def results(groups: Mapping[str, Sequence[Answered]]) -> tuple[StratumResult, ...]:
+    def results(
+        groups: Mapping[str, Sequence[Answered]], given: Mapping[str, tuple[str, str]]
+    ) -> tuple[StratumResult, ...]:
         tallies = {name: _tallies(own, reading) for name, own in sorted(groups.items())}
         estimates = {name: measure(own, settings, seed=seed) for name, own in tallies.items()}
+        doubts = {
+            name: doubt
+            for name, own in tallies.items()
+            if (doubt := _doubt(groups[name], own, doubted or {}, guard or GuardSettings())) is not None
+        }
         evidence: dict[str, Evidence] | None = {} if sequential else None
-        verdicts = judge(estimates, settings, evidence)
+        trusted = {name: estimate for name, estimate in estimates.items() if name not in doubts}
+        verdicts: dict[str, tuple[str, str]] = {
+            **{name: (verdict.kind, verdict.reason) for name, verdict in judge(trusted, settings, evidence).items()},
+            **{name: ("undecided", doubt) for name, doubt in doubts.items()},
+            **given,
+        }
         return tuple(
             _result(name, groups[name], own, estimates[name], verdicts[name], reading, ordered, open_judge)
             for name, own in tallies.items()
@@ -137,23 +164,74 @@ def evaluate(
     divided = {frozenset(e.item.id for e in own) for own in strata.values()}
     same_division = divided == {frozenset(e.item.id for e in own) for own in datasets.values()}
     return Evaluation(
-        source, reading, results(strata), () if same_division else results(datasets), 1 - 2 * settings.alpha
-    )
+        source, reading, results(strata, given or {}), () if same_division else results(datasets, {}),
+        1 - 2 * settings.alpha,
+    )  # fmt: skip
 
 
-def evaluate_logs(entries: Sequence[Logged | Skip], **how: Any) -> Evaluation:
+def evaluate_logs(entries: Sequence[Logged | Skip], *, prompt: PromptSettings | None = None, **how: Any) -> Evaluation:
     """Grade and judge the completions that `read_logs` found, as `evaluate` does (with its other arguments).
+
+    Questions with less than half of the usual number of completions, as logs that broke off have them, are left out:
+    all curves would end with theirs.
+
+    Args:
+        entries: of `read_logs`.
+        prompt: which open answers count as right; None: the defaults.
 
     Raises:
         MedbridgeError: nothing could be read, or an item lacks a tag.
     """
     logged = [entry for entry in entries if isinstance(entry, Logged)]
-    skipped = tuple(str(entry) for entry in entries if isinstance(entry, Skip))
+    skipped = [str(entry) for entry in entries if isinstance(entry, Skip)]
     if not logged:
         raise MedbridgeError(
             f"no question with completions in these logs ({skipped[0] if skipped else 'they are empty'})."
         )
-    return replace(evaluate([answered_in_log(entry) for entry in logged], **how), skipped=skipped)
+    usual = float(np.median([len(entry.completions) for entry in logged]))
+    whole = [entry for entry in logged if 2 * len(entry.completions) >= usual]
+    skipped += [
+        f"{entry.item.id}: {len(entry.completions)} completions, where {usual:g} are usual."
+        for entry in logged
+        if 2 * len(entry.completions) < usual
+    ]
+    clusters = linked([entry.shows for entry in whole])
+    answered = [
+        answered_in_log(entry, prompt, cluster=str(number)) for entry, number in zip(whole, clusters, strict=True)
+    ]
+    several = sum(entry.files > 1 for entry in whole)
+    notes = (f"{several} questions stand in several logs, and their completions add up: all must be of one model.",)
+    return replace(evaluate(answered, **how), skipped=tuple(skipped), notes=notes if several else ())
+
+
+def _doubt(
+    entries: Sequence[Answered], tallies: Sequence[Tally], doubted: Mapping[str, str], settings: GuardSettings
+) -> str | None:
+    """Why completions give no verdict, or None."""
+    for entry in entries:
+        if entry.item.id in doubted:
+            return doubted[entry.item.id]
+    samples = sum(tally.n for tally in tallies)
+    if samples and min(tally.n for tally in tallies if tally.n) < 2:
+        return "No verdict: one completion a question tells accuracy alone, and nothing of support. Sample several."
+    counted = [(entry.distinct, tally.n) for entry, tally in zip(entries, tallies, strict=True) if entry.distinct]
+    cut = [entry.cut for entry in entries if entry.cut is not None]
+    problems = check(
+        Facts(
+            items=len(tallies), samples=max((tally.n for tally in tallies), default=0), miscounted=0, images_asked=0,
+            images_fed=None, longest=0, max_new_tokens=0,
+            truncated=sum(cut) / max(1, samples) if len(cut) == len(entries) else 0.0,
+            abstained=sum(tally.abstained for tally in tallies) / max(1, samples),
+            correct=sum(tally.c for tally in tallies) / max(1, samples), misordered=0, one_order=0,
+            one_order_expected=0.0,
+            repeats=Repeats(
+                items=len(counted), identical=sum(different == 1 for different, _ in counted),
+                samples=sum(n for _, n in counted), distinct=sum(different for different, _ in counted),
+            ),
+        ),
+        settings,
+    )  # fmt: skip
+    return no_verdict(problems) if problems else None
 
 
 def _tallies(entries: Sequence[Answered], reading: ReadingName) -> list[Tally]:
@@ -167,7 +245,7 @@ def _result(
     entries: Sequence[Answered],
     tallies: Sequence[Tally],
     estimate: SupportEstimate,
-    verdict: Verdict,
+    verdict: tuple[str, str],
     reading: ReadingName,
     ordered: Sequence[str],
     open_judge: figures.OpenJudge | None,
@@ -191,8 +269,8 @@ def _result(
         majority=_numbers(figures.majority(entries, tallies, estimate.n_min)),
         k=estimate.k,
         support=_plain(estimate.support),
-        verdict=verdict.kind,
-        reason=verdict.reason,
+        verdict=verdict[0],
+        reason=verdict[1],
         abstain_rate=sum(t.abstained for t in tallies) / max(1, samples),
         truncated_rate=sum(cut) / max(1, samples) if len(cut) == len(entries) else None,
         disagreements=disagreements,

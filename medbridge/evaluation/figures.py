@@ -37,8 +37,8 @@ class OpenJudge(Protocol):
         """Is told beforehand what `same` is going to be asked."""
         ...
 
-    def same(self, question: str, right: str, read: str) -> bool:
-        """Whether the answer that was read means the right one."""
+    def same(self, question: str, right: str, read: str) -> bool | None:
+        """Whether the answer that was read means the right one; None: undecided."""
         ...
 
 
@@ -118,9 +118,11 @@ def open_answers(entries: Sequence[Answered], reading: ReadingName, judge: OpenJ
     """How far open answers are right beyond equal words; None without open questions.
 
     Keys: `token_f1`; with quantities asked for, how many completions that is (`quantities`) and the share that gives
-    them, whatever the unit (`same_quantity`); with a judge, the share right by equal words or by it (`judged`).
+    them, whatever the unit (`same_quantity`); with a judge, the share right by equal words or by it (`judged`), and how
+    many it did not decide, which count as wrong (`undecided`).
     """
-    shared, quantities, judged = [], [], []
+    shared, quantities = [], []
+    judged: list[bool | None] = []
     for entry in entries:
         if entry.item.options is not None:
             continue
@@ -137,7 +139,8 @@ def open_answers(entries: Sequence[Answered], reading: ReadingName, judge: OpenJ
         return None
     given = {"quantities": float(len(quantities)), "same_quantity": float(np.mean(quantities))} if quantities else {}
     if judged:
-        given["judged"] = float(np.mean(judged))
+        given["judged"] = float(np.mean([meant is True for meant in judged]))
+        given["undecided"] = float(judged.count(None))
     return {"token_f1": float(np.mean(shared)), **given}
 
 

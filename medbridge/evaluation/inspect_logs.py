@@ -5,32 +5,45 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medbridge.data import Skip
 from medbridge.errors import MedbridgeError
-from medbridge.evaluation.logged import MAX_LINE, Logged, logged_item, message_text
+from medbridge.evaluation.logged import MAX_LINE, Logged, logged, message_text, reason_of, storable
+
+_UNREADABLE = (
+    MedbridgeError, ValueError, TypeError, AttributeError, KeyError, OSError, EOFError, RuntimeError, zlib.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
+"""What reading one sample of any shape can end in."""
+
+_CUT = ("max_tokens", "model_length")
+"""Inspect's reasons to stop that cut a completion off."""
 
 
 def read_inspect(file: Path) -> Iterator[Logged | Skip]:
     """The samples of a log; epochs are completions of one question."""
-    for name, sample, task in _inspect_samples(file):
+    for name, read, task in _inspect_samples(file):
         try:
-            yield _inspected(sample, task)
-        except (MedbridgeError, ValueError, TypeError, AttributeError) as error:
-            yield Skip(f"{file}/{name}" if name else str(file), None, None, str(error) or type(error).__name__)
+            yield _inspected(storable(read()), task)
+        except _UNREADABLE as error:
+            yield Skip(f"{file}/{name}", None, None, reason_of(error))
 
 
-def _inspect_samples(file: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _inspect_samples(file: Path) -> Iterator[tuple[str, Callable[[], Any], str]]:
+    """Each sample's name, what reads it, and the task."""
     try:
         if not zipfile.is_zipfile(file):
+            if file.suffix == ".eval":
+                raise zipfile.BadZipFile("not a whole zip, which this format is")
             log = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(log, dict) or not isinstance(log.get("samples"), list):
                 raise MedbridgeError(f"{file}: not a log of Inspect: it has no list of samples.")
             for number, sample in enumerate(log["samples"]):
-                yield f"sample {number}", sample, _task(log)
+                yield f"sample {number}", partial(_held, sample), _task(log)
             return
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -38,11 +51,17 @@ def _inspect_samples(file: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
             task = "inspect" if header is None else _task(_member(archive, header, file))
             for member in members:
                 if member.filename.startswith("samples/") and member.filename.endswith(".json"):
-                    yield member.filename, _member(archive, member, file), task
+                    yield member.filename, partial(_member, archive, member, file), task
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise MedbridgeError(f"{file}: can't be read ({error}).") from error
     except (ValueError, RecursionError) as error:
         raise MedbridgeError(f"{file}: not valid JSON ({error}).") from error
+
+
+def _held(sample: Any) -> dict[str, Any]:
+    if not isinstance(sample, dict):
+        raise TypeError
+    return sample
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path) -> Any:
@@ -50,7 +69,10 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path) -> An
         content = stream.read(MAX_LINE + 1)  # what the zip says of sizes is not trusted
     if len(content) > MAX_LINE:
         raise MedbridgeError(f"{file}: {member.filename} holds more than {MAX_LINE >> 20} MiB, which is no sample.")
-    return json.loads(content)
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise MedbridgeError(f"{member.filename} is not valid JSON ({error}).") from error
 
 
 def _task(log: Any) -> str:
@@ -64,6 +86,9 @@ def _inspected(sample: dict[str, Any], task: str) -> Logged:
     texts = [message_text(choice.get("message", {}).get("content")) for choice in choices] or [
         output.get("completion") or ""
     ]
+    if sample.get("error") and not any(texts):
+        raise MedbridgeError(f"the sample {sample.get('id')} failed in Inspect, and has no completion.")
+    stops = [choice.get("stop_reason") for choice in choices]
     question = sample.get("input")
     if isinstance(question, list):
         question = next((message_text(m.get("content")) for m in reversed(question) if m.get("role") == "user"), "")
@@ -77,4 +102,7 @@ def _inspected(sample: dict[str, Any], task: str) -> Logged:
     right = {"C": True, "I": False, 1: True, 0: False}
     known = [right[value] for value in values if isinstance(value, str | int | float) and value in right]
     score = known[0] if known and len(texts) == 1 else None
-    return Logged(logged_item(row, task, str(sample.get("id")), row), tuple(texts), scores=(score,) * len(texts))
+    return logged(
+        row, task, str(sample.get("id")), texts, whole=row, scores=(score,) * len(texts),
+        cut=sum(stop in _CUT for stop in stops) if stops and None not in stops else None,
+    )  # fmt: skip

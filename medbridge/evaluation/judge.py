@@ -35,6 +35,9 @@ _TRIES = 4
 Bar = Callable[[str, str], contextlib.AbstractContextManager[Callable[[int, int], None]]]
 """From a description and a unit to a progress bar, which takes (done, total)."""
 
+_LONGEST = 2048
+"""Tokens of a reply: one word is asked for, and some models reason first."""
+
 _AT_ONCE = 8
 """Questions that are under way at once: endpoints batch them."""
 
@@ -89,7 +92,7 @@ class Judge:
         Raises:
             MedbridgeError: as `same`. What was said until then is kept.
         """
-        wanted = {prompt: key for prompt, key in map(self._prompt, dict.fromkeys(compared)) if self._known(key) is None}
+        wanted = {prompt: key for prompt, key in map(self._prompt, dict.fromkeys(compared)) if not self._asked(key)}
         if not wanted:
             return
         with self._bar(f"asking {self.model}", "answers") as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -101,17 +104,22 @@ class Judge:
                     progress(done, len(asked))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                for answer, prompt in asked.items():  # what was answered meanwhile is not asked for again
+                    if answer.done() and not answer.cancelled() and answer.exception() is None:
+                        self._keep(wanted[prompt], prompt, answer.result())
                 raise
 
-    def same(self, question: str, right: str, read: str) -> bool:
-        """Whether the answer that was read means the right one.
+    def same(self, question: str, right: str, read: str) -> bool | None:
+        """Whether the answer that was read means the right one; None where the model did not decide.
 
         Raises:
-            MedbridgeError: the endpoint can't be reached, refuses, or says neither word.
+            MedbridgeError: the endpoint can't be reached, or refuses.
         """
         prompt, key = self._prompt((question, right, read))
-        known = self._known(key)
-        return self._keep(key, prompt, self._ask(prompt)) if known is None else known
+        if not self._asked(key):
+            self._keep(key, prompt, self._ask(prompt))
+        (verdict,) = self._store.execute("SELECT right FROM verdicts WHERE key = ?", (key,)).fetchone()
+        return None if verdict is None else bool(verdict)
 
     def _prompt(self, compared: tuple[str, str, str]) -> tuple[str, str]:
         """What is asked, and the key it is kept under."""
@@ -119,26 +127,18 @@ class Judge:
         prompt = PROMPT.format(question=question, right=right, read=read)
         return prompt, hashlib.blake2b(f"{self.model}\0{prompt}".encode("utf-8", "replace"), digest_size=16).hexdigest()
 
-    def _known(self, key: str) -> bool | None:
-        found = self._store.execute("SELECT right FROM verdicts WHERE key = ?", (key,)).fetchone()
-        return None if found is None else bool(found[0])
+    def _asked(self, key: str) -> bool:
+        return self._store.execute("SELECT 1 FROM verdicts WHERE key = ?", (key,)).fetchone() is not None
 
-    def _keep(self, key: str, prompt: str, said: str) -> bool:
-        words = set(re.findall(r"\b(correct|wrong)\b", said.casefold()))
-        if len(words) != 1:
-            raise MedbridgeError(
-                f"the judge {self.model} said neither correct nor wrong: {said[:200]!r}. Try another model."
-            )
-        verdict = words == {"correct"}
+    def _keep(self, key: str, prompt: str, said: str) -> None:
         with self._store:
             self._store.execute(
-                "INSERT OR REPLACE INTO verdicts VALUES (?,?,?,?,?)", (key, self.model, prompt, said, verdict)
+                "INSERT OR REPLACE INTO verdicts VALUES (?,?,?,?,?)", (key, self.model, prompt, said, _verdict(said))
             )
-        return verdict
 
     def _ask(self, prompt: str) -> str:
         body = {
-            "model": self.model, "temperature": 0, "max_tokens": 16,
+            "model": self.model, "temperature": 0, "max_tokens": _LONGEST,
             "messages": [{"role": "user", "content": prompt}],
         }  # fmt: skip
         problem = ""
@@ -164,3 +164,10 @@ class Judge:
         raise MedbridgeError(
             f"the judge at {self.url} can't be asked: {problem}. What it said so far is kept; try again."
         )
+
+
+def _verdict(said: str) -> bool | None:
+    """What a reply decides, behind its reasoning; None where it says both, or neither."""
+    words = re.findall(r"\b(not\s{1,4}correct|incorrect|correct|wrong)\b", said.rpartition("</think>")[2].casefold())
+    decided = {word == "correct" for word in words}
+    return decided.pop() if len(decided) == 1 else None

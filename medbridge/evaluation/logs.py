@@ -8,6 +8,7 @@ elsewhere.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import zipfile
@@ -22,7 +23,17 @@ from medbridge.data.importers.lines import numbered_lines, parse_row
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation.inspect_logs import read_inspect
-from medbridge.evaluation.logged import MAX_LINE, QUESTION_KEYS, Logged, logged_item, message_text
+from medbridge.evaluation.logged import (
+    MAX_LINE,
+    QUESTION_KEYS,
+    Logged,
+    logged,
+    message_text,
+    options_of,
+    reason_of,
+    right_option,
+    storable,
+)
 
 FORMATS = ("lm-eval", "lmms-eval", "inspect", "medvlthinker", "rows")
 
@@ -43,6 +54,9 @@ _TURN_END = re.compile(r"<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|</s>")
 
 _LETTERED_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S[^\n]*)$", re.MULTILINE)
 
+_MISSHAPEN = (MedbridgeError, ValueError, TypeError, AttributeError, KeyError, RecursionError)
+"""What reading a row of any shape can end in."""
+
 _SCORES = ("exact_match", "acc", "accuracy", "score", "correct", "is_correct")
 
 
@@ -59,23 +73,36 @@ def read_logs(files: Sequence[Path], kind: str = "auto") -> Iterator[Logged | Sk
     if kind not in ("auto", *FORMATS):
         raise MedbridgeError(f"log format {kind!r}; known are: auto, {', '.join(FORMATS)}.")
     found: dict[str, Logged] = {}
-    for file in files:
+    last: dict[str, Path] = {}
+    for file in _different(files):
         chosen = _recognise(file) if kind == "auto" else kind
         for entry in read_inspect(file) if chosen == "inspect" else _rows(file, chosen):
             if isinstance(entry, Skip):
                 yield entry
                 continue
             known = found.get(entry.item.id)
-            if known is None:
-                found[entry.item.id] = entry
-            elif _same(known.item, entry.item):
-                found[entry.item.id] = replace(
-                    known, completions=known.completions + entry.completions, greedy=known.greedy or entry.greedy,
-                    scores=known.scores + entry.scores,
-                )  # fmt: skip
-            else:
+            if known is not None and not _same(known.item, entry.item):
                 yield Skip(str(file), None, entry.item.id, "another question of the same id stands in these logs.")
+                continue
+            if known is not None:
+                entry = replace(known.joined(entry), files=known.files + (last[entry.item.id] != file))
+            found[entry.item.id], last[entry.item.id] = entry, file
     yield from found.values()
+
+
+def _different(files: Sequence[Path]) -> Iterator[Path]:
+    """The files; two with the same content would count each completion twice."""
+    known: dict[bytes, Path] = {}
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "blake2b").digest()
+        except OSError as error:
+            raise MedbridgeError(f"{file}: can't be read ({error.strerror or error}).") from error
+        if digest in known:
+            raise MedbridgeError(f"{file} and {known[digest]} hold the same: leave one out.")
+        known[digest] = file
+        yield file
 
 
 def _same(one: Item, other: Item) -> bool:
@@ -107,24 +134,26 @@ def _opened(file: Path) -> IO[bytes]:
 def _rows(file: Path, kind: str) -> Iterator[Logged | Skip]:
     """lm-evaluation-harness and lmms-eval write a row a question and filter, other tools a row a question or sample."""
     task = re.sub(r"^(?:.*_)?samples_|_\d{4}-\d{2}-\d{2}T.*$|_samples$", "", file.name.split(".")[0])
-    seen: dict[str, str] = {}  # question -> the filter whose completions are taken
+    found: dict[str, dict[str, Logged]] = {}  # by question, then by filter
     for number, line in _log_lines(file):
         try:
-            row = parse_row(line)
-            if kind in ("lm-eval", "lmms-eval"):
-                question, chosen = str(row.get("doc_id")), str(row.get("filter"))
-                if question in seen:
-                    if seen[question] == chosen:
-                        raise MedbridgeError(f"doc_id {question} stands twice.")
-                    continue  # the same completions under another filter
-                seen[question] = chosen
-                yield _harness(row, task)
-            elif kind == "medvlthinker":
-                yield _thinker(row, task)
-            else:
-                yield _plain(row, task, number)
-        except (MedbridgeError, ValueError, RecursionError) as error:
-            yield Skip(str(file), number, None, str(error) or type(error).__name__)
+            row = storable(parse_row(line))
+            if kind not in ("lm-eval", "lmms-eval"):
+                yield _thinker(row, task) if kind == "medvlthinker" else _plain(row, task, number)
+                continue
+            entry, name = _harness(row, task), str(row.get("filter"))
+            filters = found.setdefault(entry.item.id, {})
+            if name in filters:
+                raise MedbridgeError(f"doc_id {row.get('doc_id')} stands twice.")
+            filters[name] = entry
+        except _MISSHAPEN as error:
+            yield Skip(str(file), number, None, reason_of(error))
+    for filters in found.values():
+        first, *_ = own = list(filters.values())
+        # The same completions, scored through each filter: right is what one of them finds right.
+        each = zip(*(entry.scores for entry in own), strict=False)
+        scores = [max((score for score in of_one if score is not None), default=None) for of_one in each]
+        yield replace(first, scores=tuple(scores))
 
 
 def _log_lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -138,21 +167,47 @@ def _harness(row: Mapping[str, Any], task: str) -> Logged:
     doc = row.get("doc")
     doc = doc if isinstance(doc, dict) else {}
     resps = row.get("resps") or row.get("filtered_resps")
-    completions = [text for text in _flat(resps) if isinstance(text, str)]
+    completions = [] if _likelihoods(resps) else [text for text in _flat(resps) if isinstance(text, str)]
     if not completions:
         raise MedbridgeError(
             "no generated text under 'resps': tasks that compare log-likelihoods draw no answers, so that they tell "
             "nothing of support. Run a generate_until task."
         )
     asked = {**doc, "target": row.get("target", doc.get("target"))}
+    prompt = _prompt_text(row)
     if not any(isinstance(asked.get(key), str) for key in QUESTION_KEYS):  # lmms-eval leaves the document out
-        prompt = _prompt_text(row)
-        asked |= {"question": prompt, "options": asked.get("options") or _lettered(prompt)}
-        if asked["options"] is None and re.fullmatch(r"\(?[A-Z]\)?", str(asked["target"])):
-            raise MedbridgeError(f"the right answer is {asked['target']}, and its prompt lists no options by letter.")
-    item = logged_item(asked, task, str(row.get("doc_id")), row)
+        asked["question"] = prompt
+    if options_of(asked) is None:
+        asked["options"] = _prompted_options(asked, prompt)
     score = _verdict(row)
-    return Logged(item, tuple(completions), scores=(score if len(completions) == 1 else None,) * len(completions))
+    scores = (score if len(completions) == 1 else None,) * len(completions)
+    return logged(asked, task, str(row.get("doc_id")), completions, whole=row, scores=scores)
+
+
+def _likelihoods(resps: Any) -> bool:
+    """Whether answers were scored and not written: [log-likelihood, greedy or not] each, as numbers or as text."""
+    while isinstance(resps, list) and resps and isinstance(resps[0], list):
+        resps = resps[0]
+    if not isinstance(resps, list) or len(resps) != 2:
+        return False
+    try:
+        float(resps[0])
+    except (TypeError, ValueError):
+        return False
+    return str(resps[1]) in ("True", "False")
+
+
+def _prompted_options(asked: Mapping[str, Any], prompt: str) -> list[str] | None:
+    """The options that stand in the prompt alone, where the right answer is one of them."""
+    listed = _lettered(prompt)
+    try:
+        if listed is not None and right_option(asked, listed):
+            return listed
+    except MedbridgeError:
+        listed = None
+    if re.fullmatch(r"\(?[A-Z]\)?", str(asked["target"])):
+        raise MedbridgeError(f"the right answer is {asked['target']}, and its prompt lists no options by letter.")
+    return None
 
 
 def _prompt_text(row: Mapping[str, Any]) -> str:
@@ -194,8 +249,9 @@ def _plain(row: Mapping[str, Any], task: str, number: int) -> Logged:
     identity = next(
         (row[key] for key in ("id", "item_id", "dataset_index", "question_id", "qid") if key in row), number
     )
-    item = logged_item(row, str(row.get("dataset_name") or row.get("dataset") or task), str(identity), row)
-    return Logged(item, tuple(completions), greedy, (None,) * len(completions))
+    dataset = str(row.get("dataset_name") or row.get("dataset") or task)
+    unscored = (None,) * len(completions)
+    return logged(row, dataset, str(identity), completions, whole=row, greedy=greedy, scores=unscored)
 
 
 def _thinker(row: Mapping[str, Any], task: str) -> Logged:
@@ -207,10 +263,9 @@ def _thinker(row: Mapping[str, Any], task: str) -> Logged:
     question, options = _prompted(row.get("prompts"))
     whole = {**row, "question": question, "options": row.get("options") or options}
     identity = str(row.get("dataset_index", row.get("dp_index")))
-    item = logged_item(whole, str(row.get("dataset_name") or task), identity, whole)
     scores = (entry.get("is_correct") for entry in drawn)
-    return Logged(
-        item, tuple(entry["output_text"] for entry in drawn),
+    return logged(
+        whole, str(row.get("dataset_name") or task), identity, [entry["output_text"] for entry in drawn], whole=whole,
         scores=tuple(score if isinstance(score, bool) else None for score in scores),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from medbridge.evaluation.answered import answered_in_stage
 from medbridge.evaluation.evaluate import Evaluation, evaluate
 from medbridge.evaluation.figures import OpenJudge
 from medbridge.ledger import Ledger, Stage
+from medbridge.measurement import NO_VERDICT
 
 _MEASURING = ("diagnose", "evaluate")
 
@@ -58,12 +59,19 @@ def evaluate_stage(
     ordered: Sequence[str] = (),
     open_judge: OpenJudge | None = None,
 ) -> Evaluation:
-    """Evaluate a finished measuring stage, with the `readings` that are wanted beside each other."""
+    """Evaluate a finished measuring stage, with the `readings` that are wanted beside each other.
+
+    The run's own strata keep the verdicts that the stage gave them.
+    """
     entries = answered_in_stage(ledger, stage, readings)
+    own = settings.data.strata
+    verdicts = ledger.verdicts(stage.stage_id)
+    refused = {name: row.reason for name, row in verdicts.items() if row.reason.startswith(NO_VERDICT)}
+    same = reading == "standard" and (by is None or list(by) == own)
     splits = sorted({entry.item.split for entry in entries})
     return evaluate(
         entries,
-        by=settings.data.strata if by is None else by,
+        by=own if by is None else by,
         reading=reading,
         ordered=ordered,
         gate=settings.gate,
@@ -71,6 +79,9 @@ def evaluate_stage(
         seed=settings.seed,
         open_judge=open_judge,
         source=f"{stage.model} on the {' and '.join(splits)} split",
+        given={name: (row.kind, row.reason) for name, row in verdicts.items()} if same else {},
+        doubted={e.item.id: refused[name] for e in entries if (name := e.item.stratum(own)) in refused},
+        guard=settings.guard,
     )
 
 

@@ -12,7 +12,15 @@ from medbridge.data import Item
 from medbridge.ledger import Ledger, Stage
 from medbridge.measurement.sampling import measurement_request
 from medbridge.rollout import GREEDY, Graded
-from medbridge.support.guard import Facts, check, item_repeats, one_order_chance, total_repeats
+from medbridge.support.guard import Facts, Invalid, check, item_repeats, one_order_chance, total_repeats
+
+NO_VERDICT = "No verdict: the measurement can't be trusted."
+"""How the reason begins where a stratum gets no verdict."""
+
+
+def no_verdict(problems: Sequence[Invalid]) -> str:
+    """The reason of a stratum that gets no verdict, in words."""
+    return " ".join([NO_VERDICT, *(problem.reason for problem in problems)])
 
 
 def invalid_strata(
@@ -23,7 +31,7 @@ def invalid_strata(
     for name, items in chosen.items():
         problems = check(gather(ledger, stage, items, settings), settings.guard) if items else []
         if problems:
-            found[name] = " ".join(["No verdict: the measurement can't be trusted.", *(p.reason for p in problems)])
+            found[name] = no_verdict(problems)
     return found
 
 

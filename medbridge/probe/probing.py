@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.cluster.hierarchy import DisjointSet
 
 from medbridge.data import Item
 from medbridge.errors import MedbridgeError
-from medbridge.measurement import cluster_of
+from medbridge.measurement import cluster_of, linked
 from medbridge.probe.metrics import Scored, Scores, score
 
 Features = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -183,12 +182,7 @@ def _clusters(items: Sequence[Item], units: Sequence[tuple[str, ...]], tags: Seq
     if tags:
         named = {item.images: cluster_of(item, tags) for item in items}
         units = [(named[unit],) for unit in units]
-    found = DisjointSet({key for own in units for key in own})
-    for own in units:
-        for key in own[1:]:
-            found.merge(own[0], key)
-    place: dict[str, int] = {}
-    return np.array([place.setdefault(found[own[0]], len(place)) for own in units], dtype=np.int64)
+    return np.array(linked(units), dtype=np.int64)
 
 
 def unit_features(

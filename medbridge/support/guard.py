@@ -99,7 +99,7 @@ class Facts:
         images_asked, images_fed: images of all samples' items, and those that the engine gave to the model; None where
             it doesn't tell.
         longest: tokens of the longest completion.
-        max_new_tokens: the most that were asked for.
+        max_new_tokens: the most that were asked for; 0 where that isn't known, and `longest` is 0.
         truncated, abstained, correct: shares of the samples, 0 to 1.
         misordered: samples whose options stood in another order than asked.
         one_order: items with options and at least two samples that all show one order.
@@ -162,10 +162,11 @@ def check(facts: Facts, settings: GuardSettings) -> list[Invalid]:
             "guessing floor; draw an order for each sample.",
         )
     if facts.truncated > settings.max_truncated:
+        at = f" at {facts.max_new_tokens} tokens" if facts.max_new_tokens else ""
         refuse(
             "truncated",
-            f"{facts.truncated:.0%} of the samples are cut off at {facts.max_new_tokens} tokens, more than "
-            f"{settings.max_truncated:.0%}: raise `max_new_tokens`.",
+            f"{facts.truncated:.0%} of the samples are cut off{at}, more than {settings.max_truncated:.0%}: raise "
+            "`max_new_tokens`.",
         )
     if facts.abstained > settings.max_abstained:
         refuse(

@@ -47,10 +47,11 @@ def test_a_model_that_knows(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_wrong_and_one_that_says_nothing_readable(tmp_path: Path) -> None:
-    wrong = [[f"The answer is {'BCDA'[n % 4]}."] * 8 for n in range(40)]
+    wrong = [[f"Image {sample}. The answer is {'BCDA'[n % 4]}." for sample in range(8)] for n in range(40)]
     [found] = evaluated(log(tmp_path / "a.jsonl", wrong)).strata
     assert found.verdict == "bridge" and found.accuracy["value"] == 0 and found.abstain_rate == 0
-    [mute] = evaluated(log(tmp_path / "b.jsonl", [["hmm"] * 4] * 10)).strata
+    [mute] = evaluated(log(tmp_path / "b.jsonl", [["hmm", "well", "hmm", "so"]] * 10)).strata
+    assert mute.verdict == "undecided" and mute.reason.startswith("No verdict: the measurement can't be trusted. 100%")
     assert mute.abstain_rate == 1 and mute.confusion is not None and set(mute.confusion["Heart"]) == {ABSTAINED}
     assert mute.majority == (0.0,) * 4
 
@@ -72,7 +73,8 @@ def test_readings_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_boxed_answers_are_read(tmp_path: Path) -> None:
-    texts = [[rf"First \boxed{{A}}, no: \boxed{{{'ABCD'[n % 4]}}}"] for n in range(20)]
+    forms = (r"First \boxed{A}, no: \boxed{%s}", r"\boxed{\text{%s}}", r"\boxed{\mathrm{(%s)}}")
+    texts = [[forms[n % 3] % "ABCD"[n % 4]] for n in range(24)]
     [found] = evaluated(log(tmp_path / "a.jsonl", texts)).strata
     assert found.accuracy["value"] == 1
 
@@ -80,6 +82,8 @@ def test_boxed_answers_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "status"),
     [
+        (r"so \boxed{\textbf{(C)}}.", "correct"),
+        (r"\boxed{{C}", "abstain"),
         ("C", "correct"),
         (" (C) ", "correct"),
         ("C. Lung", "correct"),
@@ -180,6 +184,80 @@ def test_grades_in_order(tmp_path: Path) -> None:
     path.write_text("\n".join([lines[0].replace("Spleen", "Bowel"), *lines[1:]]))
     with pytest.raises(MedbridgeError, match="no grades"):
         evaluated(path, ordered=["organs"])
+
+
+def test_a_data_set_that_is_not_there_to_be_in_order(tmp_path: Path) -> None:
+    with pytest.raises(MedbridgeError, match="no data set is named 'organ' to be in order; there are: organs"):
+        evaluated(log(tmp_path / "a.jsonl", [["A", "B"]] * 10), ordered=["organ"])
+
+
+def test_one_completion_a_question_gives_no_verdict(tmp_path: Path) -> None:
+    [found] = evaluated(log(tmp_path / "a.jsonl", [["B"]] * 100)).strata
+    assert found.accuracy["value"] == 0.25 and found.verdict == "undecided"
+    assert "one completion a question tells accuracy alone" in found.reason
+
+
+def test_a_question_that_broke_off_does_not_cut_the_curves(tmp_path: Path) -> None:
+    found = evaluated(log(tmp_path / "a.jsonl", [["A", "B", "C", "D"]] * 40 + [["A"]]))
+    assert found.strata[0].samples == (4, 4) and found.strata[0].items == 40
+    assert found.skipped == ("organs/40: 1 completions, where 4 are usual.",)
+
+
+def test_samples_that_all_repeat_each_other_give_no_verdict(tmp_path: Path) -> None:
+    """As a log has it that was sampled at temperature 0."""
+    [found] = evaluated(log(tmp_path / "a.jsonl", [["A"] * 8] * 40)).strata
+    assert found.verdict == "undecided" and "40 of 40 items have 8 identical samples" in found.reason
+    one_differs = [["A"] * 8] * 39 + [["A"] * 7 + ["A."]]
+    assert evaluated(log(tmp_path / "b.jsonl", one_differs)).strata[0].verdict == "bridge"
+
+
+@pytest.mark.parametrize("shared", [[["x0"], ["x0"]], [["x0", "a"], ["b", "x0"]], [["x0", "a"], ["x1", "a"]]])
+def test_questions_with_an_image_in_common_belong_together(tmp_path: Path, shared: list[list[str]]) -> None:
+    rows = [json.loads(line) for line in log(tmp_path / "a.jsonl", [["A", "B"]] * 22).read_text().splitlines()]
+    for row, images in zip(rows, shared, strict=False):
+        row["image_paths"] = images
+    for row in rows:
+        row["image_id"] = None if "image_paths" in row else row["id"]
+    path = tmp_path / "b.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluated(path).strata[0].clusters == 21
+
+
+def test_any_of_several_accepted_answers_is_right(tmp_path: Path) -> None:
+    texts = [["left lung", "lung, left", "right lung", "heart"]] * 10
+    changes = {"options": None, "answer": ["left lung", "lung left"]}
+    [found] = evaluated(log(tmp_path / "a.jsonl", texts, **changes)).strata
+    assert found.accuracy["value"] == 0.5
+
+
+def test_how_open_answers_in_logs_are_graded(tmp_path: Path) -> None:
+    path = log(tmp_path / "a.jsonl", [["the left lung", "51 mm"]] * 10, options=None, answer="left lung")
+    runner = CliRunner()
+
+    def accuracy(*options: str) -> float:
+        shown = runner.invoke(app, ["evaluate", str(path), "--json", *options])
+        assert shown.exit_code == 0, shown.output
+        return float(json.loads(shown.stdout)["strata"][0]["accuracy"]["value"])
+
+    assert accuracy() == 0 and accuracy("--set", "data.prompt.f1_from=0.8") == 0.5
+    wrong = runner.invoke(app, ["evaluate", str(path), "--set", "rl.steps=3"])
+    assert "--set rl.steps=3: of logs only how answers are graded" in str(wrong.exception)
+    wrong = runner.invoke(app, ["evaluate", str(path), "--set", "data.prompt.f1_from=7"])
+    assert isinstance(wrong.exception, MedbridgeError) and "f1_from" in str(wrong.exception)
+
+
+def test_questions_in_several_logs(tmp_path: Path) -> None:
+    paths = [log(tmp_path / f"{name}.jsonl", [[name, "B"]] * 10) for name in ("A", "C")]
+    found = evaluate_logs(list(read_logs(paths)))
+    assert found.strata[0].samples == (4, 4)
+    assert found.notes == (
+        "10 questions stand in several logs, and their completions add up: all must be of one model.",
+    )
+    shown = CliRunner().invoke(app, ["evaluate", *map(str, paths)])
+    assert "note: 10 questions stand in several logs" in shown.output
+    paths[1].write_bytes(paths[0].read_bytes())
+    with pytest.raises(MedbridgeError, match="hold the same: leave one out"):
+        list(read_logs(paths))
 
 
 def test_nothing_to_evaluate() -> None:

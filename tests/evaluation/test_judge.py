@@ -120,14 +120,28 @@ def test_it_is_asked_again_where_it_is_busy(endpoint: Endpoint, tmp_path: Path) 
     [
         ([500] * 4, "can't be asked: status 500"),
         ([401], r"refuses \(status 401\).*MEDBRIDGE_JUDGE_KEY"),
-        (["perhaps"], "neither correct nor wrong: 'perhaps'"),
-        (["It is not wrong, it is correct"], "neither correct nor wrong"),
     ],
 )
 def test_what_goes_wrong(endpoint: Endpoint, tmp_path: Path, told: list[str | int], message: str) -> None:
     endpoint.next = told
     with judge(endpoint, tmp_path) as one, pytest.raises(MedbridgeError, match=message):
         one.same("q", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ("Incorrect.", False), ("It is not correct.", False), ("**Correct**", True), ("Wrong: incorrect.", False),
+        ("<think>At first wrong, but then</think>correct", True), ("perhaps", None),
+        ("It is not wrong, it is correct", None),
+    ],
+)  # fmt: skip
+def test_what_replies_decide(endpoint: Endpoint, tmp_path: Path, said: str, verdict: bool | None) -> None:
+    endpoint.next = [said]
+    with judge(endpoint, tmp_path) as one:
+        assert one.same("q", "a", "b") is verdict is one.same("q", "a", "b")
+    [kept] = sqlite3.connect(tmp_path / "judge.sqlite").execute("SELECT said, right FROM verdicts").fetchall()
+    assert kept == (said, verdict) and len(endpoint.asked) == 1
 
 
 def test_nobody_there_and_a_store_that_is_none(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_lmms_eval(tmp_path: Path, name: str) -> None:
     assert first.item.id == "slake_closed/0" and first.item.options == ("Heart", "Liver", "Lung")
     assert first.item.answer == "Liver" and first.completions == ("I see the liver.\nAnswer: B",)
     assert first.scores == (True,) and second.completions == ("Answer: A", "Answer: B")
-    assert first.item.tags["cluster"] == second.item.tags["cluster"]  # the same picture
+    assert first.shows == second.shows  # the same picture
 
 
 CHAT = [{"role": "system", "content": "A. x"}, {"role": "user", "content": "q?\nA) Heart\nB) Liver"}]
@@ -188,6 +188,93 @@ def test_log_likelihood_tasks_are_refused(tmp_path: Path) -> None:
     assert isinstance(found, Skip) and "log-likelihoods" in found.reason
 
 
+@pytest.mark.parametrize(
+    "resps",
+    [[[["-1.5", "False"]], [["-0.2", "True"]]], [["-1.5", "False"], ["-0.2", "True"]], [[["-inf", "False"]]]],
+)
+def test_log_likelihoods_as_text(tmp_path: Path, resps: Any) -> None:
+    """As lm-evaluation-harness writes them: all that JSON has no type for, and its lists, become text."""
+    [found] = read_logs([rows(tmp_path / "samples_t.jsonl", harness(0, resps))])
+    assert isinstance(found, Skip) and "log-likelihoods" in found.reason
+
+
+PROMPT = "Example?\nA. One\nB. Two\nAnswer: A\n\nWhich organ?\nA. Heart\nB. Liver\nC. Lung\nD. Spleen\nAnswer:"
+
+
+@pytest.mark.parametrize("target", ["B", "(B)", "Liver", 1])
+def test_options_that_stand_in_the_prompt_alone(tmp_path: Path, target: Any) -> None:
+    """As of tasks that keep them under names of their own (MedMCQA's opa to opd)."""
+    row = harness(0, [["B"]], doc={"question": "Which organ?", "opa": "Heart"}, target=target, arguments=[[PROMPT, {}]])
+    found = one(rows(tmp_path / "samples_t.jsonl", row))
+    assert found.item.options == ("Heart", "Liver", "Lung", "Spleen") and found.item.answer == "Liver"
+    assert found.item.floor == 0.25
+
+
+def test_a_letter_without_options_is_refused_and_another_answer_open(tmp_path: Path) -> None:
+    doc = {"question": "Which organ?"}
+    path = rows(
+        tmp_path / "samples_t.jsonl", harness(0, [["B"]], doc=doc),
+        harness(1, [["Bowel"]], doc=doc, target="Bowel", arguments=[[PROMPT, {}]]),
+    )  # fmt: skip
+    skip, found = read_logs([path])
+    assert isinstance(skip, Skip) and "lists no options by letter" in skip.reason
+    assert isinstance(found, Logged) and found.item.options is None and found.item.floor == 0
+
+
+@pytest.mark.parametrize(("answer", "floor"), [("Yes", 0.5), (" no", 0.5), ("nodule", 0), ("2", 0)])
+def test_a_coin_answers_yes_or_no(tmp_path: Path, answer: str, floor: float) -> None:
+    row = {"question": "Is it?", "answer": answer, "outputs": ["yes", "no"]}
+    assert one(rows(tmp_path / "a.jsonl", row)).item.floor == floor
+
+
+@pytest.mark.parametrize(
+    ("row", "right"),
+    [
+        ({"answer": 1}, "2"),  # a number is a place
+        ({"answer": "1"}, "1"),  # a text that is an option is that option
+        ({"answer": 1, "target": "B"}, "2"),
+        ({"answer": 4}, "4"),  # no place
+        ({"label": 0, "answer": "C"}, "3"),  # letters and texts go before places
+        ({"answer": ["D"]}, "4"),
+    ],
+)
+def test_options_that_are_numbers(tmp_path: Path, row: dict[str, Any], right: str) -> None:
+    whole = {"question": "How many?", "options": ["1", "2", "3", "4"], "outputs": ["B"], **row}
+    assert one(rows(tmp_path / "a.jsonl", whole)).item.answer == right
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"answer_label": "B", "answer": "Lung"}, "several right answers ('Lung' under 'answer', 'Liver' under"),
+        ({"answer": ["A", "C"]}, "several right answers"),
+        ({"question": 3, "outputs": {"text": {"text": 3}}}, "no completions"),
+    ],
+)
+def test_rows_that_contradict_themselves(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    [skip] = read_logs([rows(tmp_path / "a.jsonl", {**DOC, "outputs": ["A"], **changes})])
+    assert isinstance(skip, Skip) and reason in skip.reason
+
+
+def test_a_row_of_another_shape_is_left_out(tmp_path: Path) -> None:
+    path = rows(tmp_path / "eval_results.jsonl", thinker(parsed_outputs=1), thinker())
+    skip, found = read_logs([path], "medvlthinker")
+    assert isinstance(skip, Skip) and skip.line == 1 and "not in the form of its format (TypeError)" in skip.reason
+    assert isinstance(found, Logged)
+
+
+def test_what_cannot_be_stored_is_replaced(tmp_path: Path) -> None:
+    changes = {"dataset": "d\ud800", "options": ["Heart\udfff", "Liver"], "outputs": ["B \ud800"]}
+    found = one(rows(tmp_path / "a.jsonl", {**DOC, **changes}))
+    json.dumps([found.item.to_json(), found.completions], ensure_ascii=False).encode()
+    assert found.item.options == ("Heart?", "Liver")
+
+
+def test_a_completion_is_right_where_one_filter_finds_it_right(tmp_path: Path) -> None:
+    strict, loose = (harness(0, [["B"]], filter=name, exact_match=score) for name, score in (("s", 0.0), ("l", 1.0)))
+    assert one(rows(tmp_path / "samples_t.jsonl", strict, loose)).scores == (True,)
+
+
 def inspect_sample(**changes: Any) -> dict[str, Any]:
     return {
         "id": 7, "epoch": 1, "input": [{"role": "user", "content": [{"type": "image", "image": "data:,"},
@@ -209,6 +296,27 @@ def test_inspect_json(tmp_path: Path) -> None:
     assert found.completions == ("ANSWER: B", "ANSWER: A") and found.scores == (True, False)
 
 
+def test_failed_and_cut_samples_of_inspect(tmp_path: Path) -> None:
+    cut = {"choices": [{"message": {"content": "It may"}, "stop_reason": "max_tokens"}]}
+    done = {"choices": [{"message": {"content": "B"}, "stop_reason": "stop"}]}
+    failed = inspect_sample(epoch=3, output={}, error={"message": "timeout"})
+    samples = [inspect_sample(epoch=1, output=cut), inspect_sample(epoch=2, output=done), failed, "no sample"]
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps({**HEADER, "samples": samples}))
+    first, second, found = read_logs([path])
+    assert isinstance(first, Skip) and "failed in Inspect" in first.reason
+    assert isinstance(second, Skip) and "not in the form of its format" in second.reason
+    assert isinstance(found, Logged) and found.completions == ("It may", "B") and found.cut == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"broken", b"PK\x03\x04broken"])
+def test_a_log_that_is_no_whole_zip(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "log.eval"
+    path.write_bytes(content)
+    with pytest.raises(MedbridgeError, match="not a whole zip"):
+        list(read_logs([path]))
+
+
 def test_inspect_eval(tmp_path: Path) -> None:
     path = tmp_path / "log.eval"
     with zipfile.ZipFile(path, "w") as archive:
@@ -225,8 +333,12 @@ def test_a_zip_bomb_ends_in_a_message(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "log.eval"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("samples/1_epoch_1.json", "0" * (1 << 22))
-    with pytest.raises(MedbridgeError, match="which is no sample"):
-        list(read_logs([path]))
+        archive.writestr("samples/2_epoch_1.json", "{broken")
+        archive.writestr("samples/3_epoch_1.json", json.dumps(inspect_sample(input="plain")))
+    bomb, broken, found = read_logs([path])
+    assert isinstance(bomb, Skip) and "1_epoch_1.json holds more than" in bomb.reason
+    assert isinstance(broken, Skip) and "2_epoch_1.json is not valid JSON" in broken.reason
+    assert isinstance(found, Logged)
 
 
 NAMED = {"dataset_name": "slake", "dataset_index": 3}
@@ -256,7 +368,7 @@ def test_a_greedy_completion_and_questions_on_one_image(tmp_path: Path) -> None:
     )  # fmt: skip
     first, second, third = (entry for entry in read_logs([path]) if isinstance(entry, Logged))
     assert first.greedy == "B" and second.greedy is None
-    assert first.item.tags["cluster"] == second.item.tags["cluster"] != third.item.tags["cluster"]
+    assert first.shows == second.shows != third.shows
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from medbridge.evaluation import answered_in_stage
 from medbridge.evaluation.figures import ABSTAINED
 from medbridge.evaluation.runs import evaluate_run, stored_evaluation
 from medbridge.ledger import Ledger
+from medbridge.measurement import NO_VERDICT
 from medbridge.pipeline import Run
 from medbridge.report import write_report
 from medbridge.rollout import GREEDY
@@ -51,6 +53,23 @@ def test_figures_of_a_known_diagnosis(measured: Path) -> None:
     [whole] = found.datasets
     assert whole.items == 12 and whole.accuracy["value"] == pytest.approx(0.25)
     assert "validation split" in found.source and found.confidence == pytest.approx(0.9)
+
+
+def test_a_run_keeps_the_verdicts_that_it_gave(measured: Path) -> None:
+    """Also those that the guard refused, in whatever way the questions are divided afterwards."""
+    ledger = Ledger(measured / "run.sqlite")
+    [stage] = [stage for stage in ledger.stages() if stage.kind == "diagnose"]
+    given = {name: (row.kind, row.reason) for name, row in ledger.verdicts(stage.stage_id).items()}
+    ledger.close()
+    assert {row.stratum: (row.verdict, row.reason) for row in evaluate_run(measured).strata} == given
+    reason = f"{NO_VERDICT} For a test."
+    with sqlite3.connect(measured / "run.sqlite") as database:
+        database.execute("UPDATE verdicts SET kind = 'undecided', reason = ? WHERE stratum = 'side'", (reason,))
+    found = evaluate_run(measured)
+    assert [row.verdict for row in found.strata] == [given["shade"][0], "undecided"]
+    assert found.strata[1].reason == reason == found.datasets[0].reason
+    [whole] = evaluate_run(measured, by=[]).strata
+    assert (whole.verdict, whole.reason) == ("undecided", reason)
 
 
 def test_other_strata_and_readings(measured: Path) -> None:
