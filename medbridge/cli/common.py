@@ -86,13 +86,14 @@ def read_settings(
     """Settings from a file, from the run folder's own copy, or from the defaults; and the folder of relative paths."""
     from medbridge.config import load_config, parse_config
 
-    extra = list(overrides or [])
+    extra: list[str] = []
     if model is not None:
         # on the command line, paths start at the working folder
         folder = str(Path(model).resolve()) if Path(model).is_dir() else model
         extra.append(f"model.path={json.dumps(folder)}")
     if data:
         extra.append(f"data.sources={json.dumps([_source(text) for text in data])}")
+    extra += overrides or []  # last, so that they can change what the options name
     stored = None if run is None else run / "config.yaml"
     if config is not None:
         return load_config(config, extra), config.resolve().parent
@@ -112,7 +113,11 @@ def read_settings(
 
 
 def _source(text: str) -> dict[str, str]:
+    from medbridge.data.importers.mapping import ready_made
+
     kind, _, path = text.partition(":")
+    if kind == "table" and path in ready_made() and not Path(path).exists():
+        return {"kind": kind, "mapping": path}
     return {"kind": kind, **({"path": str(Path(path).resolve())} if path else {})}
 
 

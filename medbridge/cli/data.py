@@ -51,12 +51,16 @@ def data_import(
     on_bad: Annotated[
         OnBad, typer.Option(help="What a bad row or image does: end the import, or be skipped and listed.")
     ] = OnBad.error,
+    overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a data set into a folder of JSONL files and images, which `--data jsonl:OUT` reads."""
+    """Convert a data set into a folder of JSONL files and images, which `--data jsonl:OUT` reads.
+
+    What else a source can be told is set by `--set data.sources.0.KEY=VALUE`, such as `dicom.window=[40,400]`.
+    """
     from medbridge.data import SourceSettings, import_to_folder
 
-    settings, base = read_settings(None, None, None, [source], None)
+    settings, base = read_settings(None, None, None, [source], overrides)
     chosen: SourceSettings = settings.data.sources[0]
     with bar("importing", "items") as progress:
         summary = import_to_folder(
@@ -107,13 +111,14 @@ def _print_check(checked: CheckReport) -> None:
     stdout.print(counts)
     stdout.print(f"{checked.images} distinct image files decoded")
     if checked.leaks.exposures:
-        seen = Table("held out", "seen in", "images", "items on them", "same question", "near images", "items on them",
+        seen = Table("held out < seen in", "images", "items on them", "same question", "near images", "items on them",
                      "same question", "text alone")  # fmt: skip
         for found in checked.leaks.exposures:
             exact = (found.images, f"{found.items} ({100 * found.share:.1f} %)", found.questions)
             near = (found.near_images, found.near_items, found.near_questions)
-            sides = (escaped(found.held_out), escaped(found.seen_in))
-            seen.add_row(*sides, *map(str, (*exact, *near, found.same_text)))
+            sides = escaped(f"{found.held_out}\n< {found.seen_in}")
+            seen.add_row(sides, *map(str, (*exact, *near, found.same_text)))
+        seen.columns[0].overflow, seen.columns[0].min_width = "fold", 18
         stdout.print(seen)
     for finding in checked.findings:
         stdout.print(f"{finding.title} ({len(finding.lines)}{'' if finding.problem else ', remarks'}):")
@@ -121,6 +126,8 @@ def _print_check(checked: CheckReport) -> None:
             stdout.print(f"- {escaped(line)}", soft_wrap=True)
         if len(finding.lines) > _LINES:
             stdout.print(f"  and {len(finding.lines) - _LINES} more: --json lists all")
+    for note in checked.notes:
+        stdout.print(f"note: {escaped(note)}", soft_wrap=True)
     stdout.print("no problems" if checked.ok else f"{len(checked.problems)} problems")
 
 

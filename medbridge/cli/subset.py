@@ -57,7 +57,7 @@ def data_subset(
     )  # fmt: skip
     found = open_items(settings.data, base_dir=base, cache_dir=cache_folder())
     with bar("writing", "items") as progress:
-        summary = write_subset(found.items, settings.data.sources, out, drawing, progress=progress)
+        summary = write_subset(found.items, settings.data.sources, out, drawing, base_dir=base, progress=progress)
     emit(summary, as_json)
 
 

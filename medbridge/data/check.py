@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,7 +52,9 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a check found, `images` being files; `findings` says in words what the other lists hold."""
+    """What a check found, `images` being files; `findings` says in words what the other lists hold, `notes` what is
+    known of the published data.
+    """
 
     splits: dict[str, SplitCount]
     images: int
@@ -61,6 +63,7 @@ class CheckReport:
     skipped: list[str] = field(default_factory=list)
     leaks: Leaks = field(default_factory=Leaks)
     findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:
@@ -104,7 +107,7 @@ def check_items(
     counts, untagged = _counts(found.items, strata)
     findings = [
         Finding("rows left out", True, [str(skip) for skip in found.skipped if not skip.known]),
-        Finding("broken images", True, [f"broken image: {reason}" for reason in prints.broken]),
+        Finding("broken images", True, _broken(found.items, prints.broken)),
         Finding(
             "ids given twice",
             True,
@@ -116,12 +119,23 @@ def check_items(
     return CheckReport(
         splits=counts,
         images=len(files),
-        broken_images=prints.broken,
+        broken_images=list(prints.broken.values()),
         duplicate_ids=list(ids),
         skipped=[str(skip) for skip in found.skipped],
         leaks=leaks,
         findings=[finding for finding in findings if finding.lines],
+        notes=[str(skip) for skip in found.skipped if skip.known and skip.line is None],
     )
+
+
+def _broken(items: Sequence[Item], reasons: Mapping[str, str]) -> list[str]:
+    """A line for each broken file, with its questions: a file that came from within a table has no name of its own."""
+    shown: dict[str, list[str]] = {file: [] for file in reasons}
+    for item in items:
+        for image in item.images:
+            if image in shown:
+                shown[image].append(item.id)
+    return [f"broken image: {reason} (questions {_some(shown[file])})" for file, reason in reasons.items()]
 
 
 def _repeated_ids(items: Sequence[Item]) -> dict[str, int]:

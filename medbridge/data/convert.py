@@ -19,7 +19,7 @@ from medbridge.data.settings import DataSettings, SourceSettings
 from medbridge.data.sources import open_items, open_table
 from medbridge.errors import MedbridgeError
 
-LICENCES = {
+_LICENCES = {
     "brain": "Made from the ICBM 152 volumes in nilearn: one average brain, not a clinical benchmark.",
     "slake": "SLAKE 1.0 is published under CC BY 4.0: name its authors wherever you pass it on.",
     "medmnist": "MedMNIST is published under CC BY 4.0, DermaMNIST under CC BY-NC 4.0: name its authors.",
@@ -126,22 +126,22 @@ def count_splits(items: Sequence[Item]) -> dict[str, int]:
     return {split: counts[split] for split in SPLITS if counts[split]}
 
 
+def licence_of(source: SourceSettings, base_dir: Path) -> str:
+    """What a card says of a source's licence; a table's is its mapping's."""
+    return open_table(source, base_dir)[0].licence if source.kind == "table" else _LICENCES[source.kind]
+
+
 def _card(source: SourceSettings, found: ItemSet, base_dir: Path) -> str:
     counts = ", ".join(f"{count} {split}" for split, count in count_splits(found.items).items())
     datasets = ", ".join(sorted({item.dataset for item in found.items}))
-    traps: list[str] = []
-    if source.kind == "table":
-        mapping, _ = open_table(source, base_dir)
-        licence, traps = mapping.licence, mapping.traps
-    else:
-        licence = LICENCES[source.kind]
+    traps = open_table(source, base_dir)[0].traps if source.kind == "table" else []
     # What differs from the published data is part of what a reader must know.
     traps = [*traps, *(str(skip) for skip in found.skipped if skip.known and skip.line is None)]
     tags = ", ".join(sorted({tag for item in found.items for tag in item.tags})) or "none"
     return (
         f"# {datasets}\n\n"
         f"Written by `medbridge data import` from a source of kind `{source.kind}`. "
-        f"{licence}\n\n"
+        f"{licence_of(source, base_dir)}\n\n"
         f"- Questions: {counts}; {len(found.skipped)} rows left out.\n"
         f"- Tags: {tags}.\n"
         "- One JSON object a line: `dataset_name, dataset_index, image_paths, question, options,\n"

@@ -47,11 +47,11 @@ class Fingerprints:
     """The images of a data set, each pixel content once: files of equal pixels share a number.
 
     `number` maps a file to its content; `perceptual` [contents] uint64 and `thumbnails` [contents, SIDE * SIDE] uint8.
-    `broken` has a line for each file that can't be read.
+    `broken` says of each file that can't be read why.
     """
 
     number: dict[str, int] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
     perceptual: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     thumbnails: np.ndarray = field(default_factory=lambda: np.empty((0, SIDE * SIDE), np.uint8))
 
@@ -87,7 +87,7 @@ def read_fingerprints(
     thumbnails = bytearray()
     for path, result in _described(paths, threads or _cores()):
         if isinstance(result, str):
-            found.broken.append(result)
+            found.broken[path] = result
         else:
             number = known.setdefault(result.pixels, len(known))
             found.number[path] = number

@@ -34,9 +34,12 @@ def open_items(settings: DataSettings, *, base_dir: Path, cache_dir: Path) -> It
     origin: dict[str, str] = {}
     for source in settings.sources:
         found: list[Item] = []
+        left_out: list[Skip] = []
+        copied: list[str] = []  # the source of each question that another source had before
         name = _name(source)
         for entry in read_source(settings, source, base_dir=base_dir, cache_dir=cache_dir):
             if isinstance(entry, Item) and entry.id in origin:
+                copied.append(origin[entry.id])
                 entry = Skip(
                     name,
                     None,
@@ -48,13 +51,16 @@ def open_items(settings: DataSettings, *, base_dir: Path, cache_dir: Path) -> It
                 entry = _with_stratum(_with_tags(entry, source), settings, source)
             if isinstance(entry, Skip):
                 if settings.on_bad == "error" and not entry.known:
-                    raise MedbridgeError(f"{entry} (Set `data.on_bad: skip` to leave bad rows out.)")
-                skipped.append(entry)
+                    raise MedbridgeError(
+                        f"{entry} (Set `data.on_bad: skip`, of `data import` --on-bad skip, to leave bad rows out.)"
+                    )
+                left_out.append(entry)
                 continue
             origin[entry.id] = name
             found.append(entry)
         if not found:
-            raise MedbridgeError(f"{name}: no question could be read ({_reasons(skipped)}).")
+            raise MedbridgeError(f"{name}: no question could be read ({_reasons(left_out, copied)}).")
+        skipped.extend(left_out)
         items.extend(found if source.limit is None else evenly_spaced(found, source.limit))
     return ItemSet(items, skipped)
 
@@ -150,5 +156,9 @@ def _name(source: SourceSettings) -> str:
     return source.kind if source.path is None else f"{source.kind} {source.path}"
 
 
-def _reasons(skipped: list[Skip]) -> str:
+def _reasons(skipped: list[Skip], copied: list[str]) -> str:
+    if skipped and len(copied) == len(skipped):
+        return (
+            f"all {len(copied)} have the ids of questions in {' and '.join(sorted(set(copied)))}: leave one source out"
+        )
     return str(skipped[0]) if skipped else "it is empty"

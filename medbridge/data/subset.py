@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medbridge.data.convert import LICENCES, require_empty, write_items
+from medbridge.data.convert import licence_of, require_empty, write_items
 from medbridge.data.folder import write_folder
 from medbridge.data.items import Item
 from medbridge.data.prompts import LETTERS
@@ -168,14 +168,17 @@ def write_subset(
     out: Path,
     drawing: Drawing,
     *,
+    base_dir: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Draw from the items of the split and write the folder `out`, which `kind: jsonl` reads; what it holds.
 
-    The same questions, pictures and settings give the same bytes. Raises MedbridgeError as `draw` does, where an image
-    can't be copied, and if `out` is there and not empty.
+    `sources` are where the items come from, with paths relative to `base_dir`: the card has their licences. The same
+    questions, pictures and settings give the same bytes. Raises MedbridgeError as `draw` does, where an image can't be
+    copied, and if `out` is there and not empty.
     """
     require_empty(out)
+    licences = list(dict.fromkeys(licence_of(source, base_dir) for source in sources))
     candidates = [item for item in items if item.split == drawing.split]
     subset = draw(candidates, drawing)
     summary = {
@@ -193,7 +196,7 @@ def write_subset(
 
     def build(folder: Path) -> None:
         write_items(folder, subset.items, progress)
-        (folder / "README.md").write_text(_card(summary, subset, sources, drawing), encoding="utf-8")
+        (folder / "README.md").write_text(_card(summary, subset, licences, drawing), encoding="utf-8")
 
     write_folder(out, build)
     return summary
@@ -223,13 +226,12 @@ def _counts(
     return counted
 
 
-def _card(summary: Mapping[str, Any], subset: Subset, sources: Sequence[SourceSettings], drawing: Drawing) -> str:
+def _card(summary: Mapping[str, Any], subset: Subset, licences: Sequence[str], drawing: Drawing) -> str:
     names = sorted({item.dataset for item in subset.items})
-    kinds = sorted({source.kind for source in sources})
     lines = [
         f"# Subset of {', '.join(names)}",
         "",
-        "Written by `medbridge data subset`. " + " ".join(LICENCES[kind] for kind in kinds),
+        "Written by `medbridge data subset`. " + " ".join(licences),
         "",
         f"- Questions: {summary['items']} of the {summary['of_items']} in the split `{drawing.split}`, on "
         f"{summary['images']} of {summary['of_images']} images.",

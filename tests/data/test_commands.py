@@ -56,6 +56,43 @@ def test_check_names_the_leaks_within_bounds(call: Callable[..., Result], leaky:
     assert whole["exposures"][0]["share"] == 1.0 and len(whole["duplicates"]) == len(whole["remarks"]) == 1
 
 
+def test_the_table_of_leaks_is_whole_on_a_narrow_screen(
+    call: Callable[..., Result], leaky: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.stdout, "_width", 80)
+    said = "".join(call("check", "--data", leaky).stdout.split())
+    assert "demo/test" in said and "<demo/train" in said
+
+
+def test_what_is_set_changes_what_data_names(call: Callable[..., Result], leaky: str, tmp_path: Path) -> None:
+    limit = ("--set", "data.sources.0.limit=4")
+    whole = json.loads(call("check", "--data", leaky, *limit, "--json").stdout)
+    assert sum(split["items"] for split in whole["splits"].values()) == 8  # of each split 4
+    assert call("import", leaky, tmp_path / "out", *limit).exit_code == 0
+    assert sum(len(file.read_text().splitlines()) for file in (tmp_path / "out").glob("*.jsonl")) == 8
+
+
+def test_a_ready_made_mapping_by_its_name(call: Callable[..., Result], tmp_path: Path) -> None:
+    refused = call("import", "table:pmc_vqa", tmp_path / "out")
+    assert isinstance(refused.exception, MedbridgeError) and "a table needs `path`" in str(refused.exception)
+    absent = call("import", "table:pmc_vqa", tmp_path / "out", "--set", "data.sources.0.path=PMC")
+    assert isinstance(absent.exception, MedbridgeError) and "PMC" in str(absent.exception)
+
+
+def test_what_is_known_of_published_data_is_noted(
+    call: Callable[..., Result], tmp_path: Path, make_png: Callable[..., Path]
+) -> None:
+    make_png(tmp_path / "a.png")
+    own = 'path: t.jsonl\nquestion: q\nimages: i\nanswer: a\nsplit_default: test\nwhere: {a: "[a-y]*"}\n'
+    (tmp_path / "own.yaml").write_text(own + "dataset: d\ncounts: {d: 5}\n")
+    rows = [{"q": f"Which {a}?", "i": "a.png", "a": a} for a in "abz"]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = call("check", "--data", "table:own.yaml")
+    assert done.exit_code == 0 and "no problems" in done.stdout
+    assert "1 rows were passed over, as `where` says." in done.stdout
+    assert "2 questions were read, 5 are published." in done.stdout
+
+
 def test_remarks_fail_a_strict_check_only(
     call: Callable[..., Result], tmp_path: Path, make_png: Callable[..., Path], make_row: Callable[..., Any],
     write_rows: Callable[..., Path],
@@ -77,7 +114,8 @@ def test_a_broken_image_is_one_line(
     write_rows(tmp_path / "q.jsonl", [make_row(dataset_index=index, question=f"{index}?") for index in range(5)])
     whole = json.loads(call("check", "--data", "jsonl:q.jsonl", "--json").stdout)
     (problem,) = whole["problems"]
-    assert problem.startswith("broken image: ") and "a.png" in problem and whole["splits"]["test"]["items"] == 5
+    assert problem.startswith("broken image: ") and "a.png" in problem and "(questions demo/test/0, " in problem
+    assert whole["splits"]["test"]["items"] == 5
 
 
 def test_show_writes_and_opens_a_page(

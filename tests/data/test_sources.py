@@ -70,6 +70,15 @@ def test_duplicate_ids(root: Path, make_row: MakeRow, write_rows: WriteRows) -> 
     assert "from jsonl p.jsonl" in str(found.skipped[0])
 
 
+def test_a_source_whose_questions_are_all_there_already(root: Path, make_row: MakeRow, write_rows: WriteRows) -> None:
+    write_rows(root / "q.jsonl", ["{", make_row(), make_row(dataset_index=1)])
+    write_rows(root / "part.jsonl", [make_row()])
+    with pytest.raises(
+        MedbridgeError, match=r"part\.jsonl: .* \(all 1 have the ids of questions in jsonl q\.jsonl: leave"
+    ):
+        opened(root, *({"kind": "jsonl", "path": name} for name in ("q.jsonl", "part.jsonl")), on_bad="skip")
+
+
 def test_nothing_readable_is_an_error(root: Path, write_rows: WriteRows) -> None:
     write_rows(root / "q.jsonl", ["{"])
     with pytest.raises(MedbridgeError, match=r"no question could be read \(.*q\.jsonl:1"):

@@ -123,7 +123,7 @@ def opened(source: SourceSettings) -> list[Item]:
 def test_the_folder_reads_back_and_says_how_it_was_drawn(source: SourceSettings, tmp_path: Path) -> None:
     items = opened(source)
     drawing = Drawing(24, by=("modality",), balance_answers=True)
-    summary = write_subset(items, [source], tmp_path / "out", drawing)
+    summary = write_subset(items, [source], tmp_path / "out", drawing, base_dir=tmp_path)
     assert (summary["items"], summary["of_items"], summary["of_images"]) == (24, 40, 8)
     assert summary["counts"]["modality"] == {"<b>": [10, 10], "C|T": [30, 14]}
     assert json.loads(json.dumps(summary)) == summary
@@ -137,13 +137,25 @@ def test_the_folder_reads_back_and_says_how_it_was_drawn(source: SourceSettings,
     assert "24 of the 40 in the split `train`" in card and summary["questions_sha256"] in card
     assert "| C\\|T | 30 | 14 |" in card and "- &lt;b>: 10 of 12" in card and "modality, then answer" in card
 
-    write_subset(items, [source], tmp_path / "twin", drawing)
+    write_subset(items, [source], tmp_path / "twin", drawing, base_dir=tmp_path)
     assert content_hash(tmp_path / "out") == content_hash(tmp_path / "twin")
     with pytest.raises(MedbridgeError, match="not empty"):
-        write_subset(items, [source], tmp_path / "out", drawing)
+        write_subset(items, [source], tmp_path / "out", drawing, base_dir=tmp_path)
+
+
+def test_the_card_has_the_licence_of_each_source(source: SourceSettings, tmp_path: Path) -> None:
+    (tmp_path / "mapping.yaml").write_text(
+        "path: in/t.csv\nquestion: q\nimages: i\nanswer: a\nlicence: Of a ward's own.\nsplit_default: train\n"
+    )
+    (tmp_path / "in" / "t.csv").write_text("q,i,a\nWhich?,0.png,heart\n")
+    sources = [source, SourceSettings(kind="table", mapping="mapping.yaml")]
+    items = open_items(DataSettings(sources=sources), base_dir=tmp_path, cache_dir=tmp_path).items
+    write_subset(items, sources, tmp_path / "out", Drawing(4), base_dir=tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The licence is that of the data it was made from. Of a ward's own." in card
 
 
 def test_nothing_is_written_where_it_can_not_be_drawn(source: SourceSettings, tmp_path: Path) -> None:
     with pytest.raises(MedbridgeError, match="asked for"):
-        write_subset(opened(source), [source], tmp_path / "out", Drawing(41))
+        write_subset(opened(source), [source], tmp_path / "out", Drawing(41), base_dir=tmp_path)
     assert not (tmp_path / "out").exists()

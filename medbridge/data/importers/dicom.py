@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from medbridge.data.images import MAX_PIXELS, resolve_image
-from medbridge.data.importers.files import DicomSettings, FolderSettings, labelled_folder
+from medbridge.data.importers.files import DicomSettings, FolderSettings, LabelledFile, labelled_folder
 from medbridge.data.importers.pixels import keep_png, pixel_hash, stretched
 from medbridge.data.items import Item, Skip
 from medbridge.errors import MedbridgeError
@@ -51,20 +51,29 @@ def read_dicom(
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     found = labelled_folder(root, folder, lambda name: not name.lower().endswith(_NOT_DICOM) and name != "DICOMDIR")
     yield from found.skipped
-    seen: set[str] = set()
+    seen: dict[str, str] = {}  # label of each question
     for file in found.files:
         try:
             images, group, tags = _read(pydicom, resolve_image(root, file.name), settings)
             index = pixel_hash(np.stack(images))
-            if index in seen:
-                yield Skip(str(root), file.number, None, "shows the same as a file before it.", known=True)
-                continue
-            seen.add(index)
             paths = [keep_png(image, cache_dir / "dicom") for image in images]
-            yield found.item(file, index, paths, group or index, {"class": file.label, **tags})
+            item = found.item(file, index, paths, group or index, {"class": file.label, **tags})
+            # A copy in another split is a question of its own, whose leak `data check` names.
+            if item.id in seen:
+                yield _copy(root, file, seen[item.id])
+                continue
+            seen[item.id] = item.answer
+            yield item
         except MedbridgeError as error:
             reason = str(error).replace(file.name, "the file").replace(str(root), "")
             yield Skip(str(root), file.number, None, f"{reason} (The number counts the files in the order of paths.)")
+
+
+def _copy(root: Path, file: LabelledFile, label: str) -> Skip:
+    if label == file.label:
+        return Skip(str(root), file.number, None, "shows the same as a file before it.", known=True)
+    reason = f"shows the same as a file before it, which is labelled {label!r} and not {file.label!r}."
+    return Skip(str(root), file.number, None, reason)
 
 
 def _read(pydicom: Any, path: str, settings: DicomSettings) -> tuple[list[np.ndarray], str | None, dict[str, str]]:

@@ -33,6 +33,11 @@ class TableMapping(BaseModel):
     dataset_names: dict[str, str] = Field(default_factory=dict, description="Value of that column -> our name.")
     id: str | None = Field(None, description="Column that is unique within data set and split; else the row's number.")
     question: str = Field(description="Column of the question.")
+    question_until: str | None = Field(
+        None,
+        description="Regular expression; a question with options ends before its first match, such as a list of the "
+        "options that another order of them would contradict.",
+    )
     images: str | list[str] = Field(
         description="Column, or columns in their order, of images: paths, {bytes, path} or base64; or lists of these."
     )
@@ -70,11 +75,14 @@ class TableMapping(BaseModel):
             raise ValueError("a letter or number needs `options` to name one of")
         if self.path and self.hub:
             raise ValueError("the data are at `path` or on the `hub`, not both")
-        for column, pattern in self.where.items():
+        patterns = {f"`where` of {column!r}": pattern for column, pattern in self.where.items()}
+        if self.question_until is not None:
+            patterns["`question_until`"] = self.question_until
+        for place, pattern in patterns.items():
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"`where` of {column!r} is no regular expression ({error})") from error
+                raise ValueError(f"{place} is no regular expression ({error})") from error
         return self
 
 
@@ -124,4 +132,6 @@ def _raw(name: str, base_dir: Path, seen: tuple[str, ...]) -> tuple[dict[str, An
     if not isinstance(base, str) or base in seen:
         raise MedbridgeError(f"{name}: `base` must name another mapping, not {base!r}.")
     under, _ = _raw(base, folder, (*seen, name, base))
+    if raw.get("path") or raw.get("hub"):  # the data are at one place
+        under = {key: value for key, value in under.items() if key not in ("path", "hub", "hub_config")}
     return {**under, **raw}, folder

@@ -78,13 +78,28 @@ def _hugging_face(name: str, found: Any) -> Iterator[tuple[str | None, int, Row]
     for split, part in parts:
         number = 0
         try:
+            named = {column: names for column, kind in part.features.items() if (names := _class_names(kind))}
             # As Arrow, images stay the bytes that they are and aren't decoded.
             for batch in part.with_format("arrow").iter(batch_size=_BATCH):
                 for row in batch.to_pylist():
                     number += 1
+                    row |= {column: _by_name(row[column], names) for column, names in named.items()}
                     yield None if split is None else str(split), number, row
         except (ValueError, OSError, KeyError, TypeError) as error:
             raise MedbridgeError(f"{name}: row {number + 1} can't be read ({_short(error)}).") from error
+
+
+def _class_names(kind: Any) -> list[str] | None:
+    """The names behind the numbers of a ClassLabel, or of a list of them."""
+    inner = getattr(kind, "feature", None)
+    return getattr(kind, "names", None) if inner is None else _class_names(inner)
+
+
+def _by_name(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_by_name(one, names) for one in value]
+    # -1 stands for a label that isn't known.
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, Row | MedbridgeError]]:
@@ -94,6 +109,9 @@ def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, Row | MedbridgeError
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
             names = reader.fieldnames
+            while names == []:  # an empty line before that of the columns
+                reader.fieldnames = None
+                names = reader.fieldnames
             if not names:
                 raise MedbridgeError(f"{file}: is empty; its first line must name the columns.")
             if len(set(names)) < len(names):
@@ -104,11 +122,24 @@ def _csv(file: Path, delimiter: str) -> Iterator[tuple[int, Row | MedbridgeError
                 else:
                     yield reader.line_num, dict(row)
     except csv.Error as error:
-        raise MedbridgeError(f"{file}: not valid CSV ({error}).") from error
+        raise MedbridgeError(f"{file}:{reader.reader.line_num}: not valid CSV ({error}).") from error
     except UnicodeDecodeError as error:
-        raise MedbridgeError(f"{file}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from error
+        raise MedbridgeError(
+            f"{file}:{_undecodable(file)}: not UTF-8 text ({error.reason}); save the file as UTF-8."
+        ) from error
     except OSError as error:
         raise MedbridgeError(f"{file}: can't be read ({error.strerror or error}).") from error
+
+
+def _undecodable(file: Path) -> int:
+    """The first line that is no UTF-8: text is decoded in blocks, so that the reader's own place lies before it."""
+    with file.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def _json(file: Path) -> Iterator[tuple[int, Row | MedbridgeError]]:

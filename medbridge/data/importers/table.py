@@ -145,6 +145,9 @@ def _row(mapping: TableMapping, row: Row, given: str | None, number: int, cache:
     known["image_paths"], embedded = _images(mapping, row, cache)
     options = _options(mapping, row)
     known["options"] = options
+    if mapping.question_until and options is not None and isinstance(known["question"], str):
+        kept = re.split(mapping.question_until, known["question"], maxsplit=1)[0]
+        known["question"] = kept if kept.strip() else known["question"]
     if mapping.answer:
         known["answer"] = _unprefixed(_cell(row, mapping.answer), options)
         word = (plain_text(known["answer"]) or "").rstrip(".").casefold()
@@ -238,6 +241,8 @@ def _unprefixed(answer: Any, options: Any) -> Any:
 def _letter(value: Any, options: Any) -> str:
     count = len(options) if isinstance(options, list | dict) else 0
     text = plain_text(value) or ""
+    if isinstance(options, list) and not text.isdecimal() and text in options:  # a class that goes by its name
+        return LETTERS[options.index(text)]
     # The length bound also keeps a number of thousands of digits from being read at all.
     if not re.fullmatch(r"[0-9]{1,3}(\.0)?", text) or int(float(text)) >= count:
         raise MedbridgeError(f"the answer's number {shown(value)} is none of 0 to {count - 1}.")

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydicom.data import get_testdata_file
 from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
-from medbridge.data import DataSettings, ItemSet, SourceSettings, open_items
+from medbridge.data import DataSettings, ItemSet, SourceSettings, check_items, open_items
 from medbridge.data.importers.files import DicomSettings, drawn_split
 from medbridge.errors import MedbridgeError
 
@@ -218,6 +218,29 @@ def test_enhanced_files_say_for_each_frame_how_it_is_shown(tmp_path: Path) -> No
     values = [np.arange(48).reshape(6, 8) * slope - 10 for slope in (3, 2)]
     for path, value in zip(item.images[:2], values, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), np.round(np.clip((value - 29.5) / 20, 0, 1) * 255))
+
+
+def test_copies_of_a_file(tmp_path: Path) -> None:
+    """In one split with one label they are one question; elsewhere the data are at fault, and that is said."""
+    scan, other = dicom(), dicom(lambda data: setattr(data, "WindowCenter", 3))
+    for name, content in (("train/a/1", scan), ("train/a/2", scan), ("test/a/1", scan), ("test/b/1", other)):
+        path = tmp_path / "d" / f"{name}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    settings = {"kind": "dicom", "path": "d", "dicom": {"window": [20, 16]}, "folder": {}}
+
+    def read() -> Any:
+        data = DataSettings(sources=[SourceSettings(**settings)], on_bad="skip")
+        return open_items(data, base_dir=tmp_path, cache_dir=tmp_path / "cache")
+
+    found = read()
+    assert sorted(item.id.rsplit("/", 1)[0] for item in found.items) == ["d/test", "d/train"]
+    copy, mislabelled = sorted(found.skipped, key=lambda skip: not skip.known)
+    assert copy.known and "shows the same as a file before it." in copy.reason
+    assert not mislabelled.known and "labelled 'a' and not 'b'" in mislabelled.reason
+    report = check_items(found)
+    assert any("the same image is in train and test" in line for line in report.problems)
+    assert any("labelled 'a' and not 'b'" in line for line in report.problems)
 
 
 def test_nothing_of_a_patient(tmp_path: Path) -> None:

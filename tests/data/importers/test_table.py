@@ -18,6 +18,7 @@ from PIL import Image
 
 from medbridge.data import DataSettings, Item, ItemSet, SourceSettings, import_to_folder, load_image, open_items
 from medbridge.data.importers.mapping import read_mapping, ready_made
+from medbridge.data.importers.rows import read_rows
 from medbridge.errors import MedbridgeError
 
 
@@ -220,6 +221,92 @@ def test_ready_made_mappings_say_licence_and_traps(name: str, tmp_path: Path) ->
     mapping, _ = read_mapping(name, tmp_path)
     assert "published" in mapping.licence or "licence" in mapping.licence
     assert mapping.traps
+
+
+def test_a_base_on_the_hub_with_data_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("base: path_vqa\npath: rows\n")
+    mapping, _ = read_mapping("own.yaml", tmp_path)
+    assert (mapping.path, mapping.hub) == ("rows", None)
+    (tmp_path / "back.yaml").write_text("base: own.yaml\nhub: a/b\n")
+    mapping, _ = read_mapping("back.yaml", tmp_path)
+    assert (mapping.path, mapping.hub) == (None, "a/b")
+
+
+def test_class_labels_go_by_their_names(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"), "image": datasets.Image(), "modality": datasets.List(
+                datasets.ClassLabel(names=["CT", "MRI"])),
+            "answer": datasets.ClassLabel(names=["no", "yes"]), "organ": datasets.ClassLabel(names=["heart", "liver"]),
+        }
+    )  # fmt: skip
+    rows = [
+        {"question": f"Is it {n}?", "image": {"bytes": png(n)}, "modality": [n], "answer": n, "organ": 1 - n}
+        for n in (0, 1)
+    ]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    own = {"path": "saved", "question": "question", "images": "image", "answer": "answer", "yes_no": True}
+    own |= {"tags": {"organ": "organ"}, "split_default": "test"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    first, second = opened(tmp_path, mapping="own.yaml").items
+    assert (first.options, first.answer, second.answer) == (("Yes", "No"), "No", "Yes")
+    assert (first.tags["organ"], second.tags["organ"]) == ("liver", "heart") and first.floor == 0.5
+
+
+def test_the_number_of_an_answer_may_be_a_class(tmp_path: Path, make_png: Callable[..., Path]) -> None:
+    make_png(tmp_path / "a.png")
+    own = {"path": "t.jsonl", "question": "q", "images": "i", "options": "o", "answer_index": "a"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**own, "split_default": "test"}))
+    for answer, options, right in (
+        ("liver", ["heart", "liver"], "liver"), (1, ["1", "2"], "2"), ("1", ["1", "2"], "2"), ("B", ["B", "A"], "B"),
+    ):  # fmt: skip
+        row = {"q": "Which?", "i": "a.png", "o": options, "a": answer}
+        (tmp_path / "t.jsonl").write_text(json.dumps(row))
+        assert only(tmp_path, mapping="own.yaml").answer == right
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "kept"),
+    [
+        ("What is shown?\nAnswer Choices: (A) lung (B) liver", ["lung", "liver"], "What is shown?"),
+        ("What? Answer Choices:\n(A) lung", ["lung", "liver"], "What?"),
+        ("What is shown?", ["lung", "liver"], "What is shown?"),
+        ("Answer Choices: (A) lung", ["lung", "liver"], "Answer Choices: (A) lung"),
+        ("What? Answer Choices: any", None, "What? Answer Choices: any"),
+    ],
+)
+def test_what_a_question_says_of_its_options_is_left_out(
+    tmp_path: Path, make_png: Callable[..., Path], question: str, options: list[str] | None, kept: str
+) -> None:
+    """The published order of MedXpertQA's options contradicts any other."""
+    make_png(tmp_path / "a.png")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"q": question, "i": "a.png", "o": options, "a": "lung"}))
+    until = read_mapping("medxpertqa_mm", tmp_path)[0].question_until
+    own = {"path": "t.jsonl", "question": "q", "images": "i", "options": "o", "answer": "a", "question_until": until}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**own, "split_default": "test"}))
+    assert until is not None and only(tmp_path, mapping="own.yaml").question == kept
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**own, "question_until": "("}))
+    with pytest.raises(MedbridgeError, match="`question_until` is no regular expression"):
+        opened(tmp_path, mapping="bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'q,i\n"a"b,c\n', r"t\.csv:2: not valid CSV"),
+        (b"q,i\nfine,1\ncaf\xe9,1\n", r"t\.csv:3: not UTF-8 text"),
+        (b"\n\n", "is empty"),
+    ],
+)
+def test_csv_files_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(MedbridgeError, match=message):
+        list(read_rows(tmp_path / "t.csv"))
+
+
+def test_empty_lines_before_the_columns(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"\r\n\r\nq,i\r\na,b\r\n")
+    assert list(read_rows(tmp_path / "t.csv")) == [(4, {"q": "a", "i": "b"})]
 
 
 def test_a_table_without_a_mapping_names_them(tmp_path: Path) -> None:
