@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -120,8 +121,13 @@ def logged(
         id=f"{dataset}/{identity}", dataset=dataset, split="test", question=question, answer=answer, options=options,
         images=(), tags=tags, floor=floor,
     )  # fmt: skip
-    shows = tuple(json.dumps(one, sort_keys=True, default=str) for one in images)
-    return Logged(item, tuple(completions), accepted=tuple(accepted), shows=shows, **more)
+    return Logged(item, tuple(completions), accepted=tuple(accepted), shows=tuple(map(_digest, images)), **more)
+
+
+def _digest(image: Any) -> str:
+    """A short name of whatever a log puts for an image, which may be the image itself."""
+    content = json.dumps(image, sort_keys=True, default=str).encode("utf-8", "replace")
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def options_of(row: Mapping[str, Any]) -> tuple[str, ...] | None:
