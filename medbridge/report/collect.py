@@ -110,13 +110,20 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
     sources = dig(settings, "data", "sources")
     kinds = [str(source.get("kind")) for source in sources or [] if isinstance(source, dict)]
     state, note = _state(ledger, views, now - written)
+    study = ledger.meta("study")
+    if study is not None:
+        state = "finished" if mapping(study).get("finished") else state
+        note = (
+            "A study: its models stand beside each other, and study.html tells of them. Here are its stages in the "
+            "order in which they were run, whichever model they began with."
+        )
     return RunView(
         name=short(str(ledger.meta("name") or run_dir.name)),
         folder=run_dir.name,
         state=state,
         state_note=note,
         base_model=short(str(base_model)),
-        final_model=short(str(trained[-1].result_model)) if trained else None,
+        final_model=short(str(trained[-1].result_model)) if trained and study is None else None,
         taught_format=any(stage.kind == "format" for stage in stages),
         datasets=[short(name) for name in datasets] or [short(kind) for kind in kinds],
         embedded="brain" in datasets or "brain" in kinds,
@@ -138,6 +145,7 @@ def _collect(ledger: Ledger, run_dir: Path, samples: bool, now: float, written: 
         samples_from=samples_from,
         evaluation=stored_evaluation(ledger, (told or finished)[-1]) if finished and samples else None,
         config=config,
+        study=study is not None,
         environment=dict(_flat(ledger.meta("environment"))),
     )
 

@@ -373,6 +373,7 @@ class RunView:
     samples_from: str | None
     evaluation: Evaluation | None
     config: Any
+    study: bool
     environment: dict[str, str]
 
 

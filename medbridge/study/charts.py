@@ -5,6 +5,7 @@ No colour carries a meaning alone: findings have glyphs and names, changes have 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from xml.etree import ElementTree as ET
 
@@ -53,10 +54,13 @@ def slopes(study: StudyResult, stratum: str) -> Markup:
     svg = drawing(width, height, "slopes", f"{stratum}: support above the floor and Acc@1 by model", "")
     step = (width - left - right) / max(1, len(cells))
 
-    def y(value: float) -> float:
-        return top + (1 - min(1.0, max(-0.25, value))) / 1.25 * (height - top - bottom)
+    ends = [end for cell in cells for one in (cell.support, cell.acc_at_1) if one for end in (one.value, one.low)]
+    least = min([-0.25, *(math.floor(4 * end) / 4 for end in ends if end is not None)])
 
-    for tick in (0.0, 0.5, 1.0):
+    def y(value: float) -> float:
+        return top + (1 - min(1.0, value)) / (1 - least) * (height - top - bottom)
+
+    for tick in (0.0, 0.5, 1.0) if least > -1 else (*range(math.ceil(least), 0), 0.0, 1.0):
         line(svg, left, y(tick), width - right, y(tick), "grid" if tick else "axis")
         label(svg, left - 6, y(tick) + 3.5, f"{tick:g}", "end")
     threshold = line(svg, left, y(study.threshold), width - right, y(study.threshold), "threshold")
@@ -96,7 +100,7 @@ def spectrum(cell: Cell) -> Markup:
             svg, "rect", x=index * step + 1, y=height - bottom - size, width=step - 2, height=size,
             **{"class": "none" if index == 0 else "all" if index == len(cell.spectrum) - 1 else "some"},
         )  # fmt: skip
-        text_node(bar, "title", f"about {10 * index} % right: {count} items")
+        text_node(bar, "title", f"{index} of {len(cell.spectrum) - 1} samples right: {count} items")
     line(svg, 0, height - bottom, width, height - bottom, "axis")
     label(svg, 0, height - 2, "never", "start")
     label(svg, width, height - 2, "always", "end")
@@ -112,7 +116,7 @@ def _grid(columns: Sequence[str], rows: Sequence[str], kind: str, title: str) ->
     for index, name in enumerate(columns):
         label(svg, _NAME + (index + 0.5) * _WIDTH, _HEAD - 12, _cut(name, 20), "middle", "head")
     for index, name in enumerate(rows):
-        label(svg, _NAME - 12, _HEAD + (index + 0.5) * _HEIGHT + 4, _cut(name, 26), "end", "head")
+        label(svg, _NAME - 12, _HEAD + (index + 0.5) * _HEIGHT + 4, _cut(name, 24), "end", "head")
     return svg
 
 
@@ -134,7 +138,9 @@ def _finding(svg: ET.Element, cell: Cell, column: int, row: int, href: str) -> N
 def _shift(svg: ET.Element, change: ChangeCell, column: int, row: int) -> None:
     value = change.support
     kind = "none"
-    if value is not None and value.low is not None and value.high is not None:
+    if not change.trusted:
+        kind = "open"
+    elif value is not None and value.low is not None and value.high is not None:
         kind = "gained" if value.low > 0 else "lost" if value.high < 0 else "open"
     group = ET.SubElement(svg, "g", {"class": f"cell {kind}" + (" trained" if change.trained else "")})
     x, y = _NAME + column * _WIDTH, _HEAD + row * _HEIGHT
@@ -146,7 +152,9 @@ def _shift(svg: ET.Element, change: ChangeCell, column: int, row: int) -> None:
     if value is not None and value.low is not None and value.high is not None:
         label(group, x + 14, y + 41, f"[{value.low:+.2f}, {value.high:+.2f}]".replace("-", _MINUS), "start", "small")
     label(group, x + 14, y + 54, f"+{change.gained} {_MINUS}{change.lost} items", "start", "small")
-    if change.trained:
+    if not change.trusted:
+        label(group, x + _WIDTH - 12, y + 24, "not trusted", "end", "small")
+    elif change.trained:
         label(group, x + _WIDTH - 12, y + 24, "trained", "end", "small")
 
 
@@ -163,4 +171,6 @@ def _value(interval: Estimate | None) -> float | None:
 
 
 def _cut(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """A name with its middle left out: those of one family differ at their ends."""
+    end = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - end]}…{name[-end:]}"

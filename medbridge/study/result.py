@@ -56,7 +56,7 @@ class Cell:
         support: support above the guessing floor at `k` (the gate's statistic).
         ks, pass_at_k, floors: the raw Pass@k curve, with guessing's; [K] each.
         blank: support that the images add to grey ones; None without that control.
-        spectrum: items by how many of their samples are right, from 0 to all, in eleven bins of the share.
+        spectrum: items by how many of their samples are right, from 0 to all.
     """
 
     model: str
@@ -79,7 +79,9 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class ChangeCell:
-    """What a model's training changed in one stratum, on the same items. `lost`: items surely right less often."""
+    """What a model's training changed in one stratum, on the same items. `lost`: items surely right less often.
+    `trusted`: both measurements were given a verdict.
+    """
 
     model: str
     parent: str
@@ -90,6 +92,7 @@ class ChangeCell:
     acc_at_1: Estimate | None
     gained: int
     lost: int
+    trusted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -64,7 +64,7 @@ class StudySettings(BaseModel):
         ("bridge", "sharpen"),
         description="Stages that a study without `models` trains in turn, each on all strata and from the one before.",
     )
-    transfer: list[list[str]] = Field(
+    transfer: list[Annotated[list[str], Field(min_length=1)]] = Field(
         default_factory=list,
         description="Groups of strata; for each, a study without `models` bridges the base model on these alone: a row "
         "of the transfer matrix.",
@@ -80,6 +80,12 @@ class StudySettings(BaseModel):
                 raise ValueError(f"the parent {model.parent!r} of {name!r} is not another of the models")
             if model.trained_on and model.parent is None:
                 raise ValueError(f"{name!r} has trained_on and no parent; name the model that it was trained from")
+        for name in self.models:
+            line = [name]
+            while (parent := self.models[line[-1]].parent) is not None:
+                if parent in line:
+                    raise ValueError(f"{' comes from '.join([*line, parent])}: no model comes from itself")
+                line.append(parent)
         if self.models and self.transfer:
             raise ValueError("transfer is for a study that trains its own models; give trained_on with each of yours")
         return self
@@ -89,6 +95,15 @@ class StudyConfig(RunSettings):
     """A whole study, as its YAML file states it."""
 
     study: StudySettings = Field(default_factory=StudySettings, description="The models and what is asked of them.")
+
+    @model_validator(mode="after")
+    def _probes_are_not_fitted_on_what_is_measured(self) -> Self:
+        if self.diagnosis.split == "train" and self.study.sight is not None:
+            raise ValueError(
+                "diagnosis.split is train, on which the probes are fitted; measure another split, or set study.sight "
+                "to null"
+            )
+        return self
 
     def run_settings(self) -> RunSettings:
         """The settings of the run in which the models are trained and measured: every item of each stratum, one look.

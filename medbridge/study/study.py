@@ -17,8 +17,8 @@ from medbridge.data import Item
 from medbridge.data.answers import Status
 from medbridge.errors import MedbridgeError
 from medbridge.files import replace_text
-from medbridge.ledger import Stage
-from medbridge.measurement import cluster_of, compare_stages
+from medbridge.ledger import TRAINING, Stage
+from medbridge.measurement import NO_VERDICT, cluster_of, compare_stages
 from medbridge.pipeline import Run
 from medbridge.progress import Reporter
 from medbridge.report.collect import collect
@@ -30,11 +30,10 @@ from medbridge.study.page import Question, render
 from medbridge.study.result import Cell, ChangeCell, ModelRow, Sight, StudyResult
 from medbridge.study.settings import StudyConfig
 from medbridge.study.sight import Asked, look
+from medbridge.study.weights import refuse_changed
 
 _BEHIND_CHAIN = 100
 """Rounds from here on belong to models beside the chain: two for each, training and measurement."""
-
-_SPECTRUM_BINS = 11
 
 RESULT, PAGE = "study.json", "study.html"
 
@@ -54,12 +53,14 @@ def run_study(config: StudyConfig, folder: Path, *, base_dir: Path, cache_dir: P
     """
     study = Study(folder, config, base_dir=base_dir, cache_dir=cache_dir, reporter=reporter)
     try:
+        study.ledger.set_meta("study", {"finished": False})
         rows = study.models()
         for row in rows:
             study.measure(row)
         study.engines.release()  # the probes need the memory
         result = study.result(rows)
         page = render(result, study.questions(rows))
+        study.ledger.set_meta("study", {"finished": True})
     finally:
         study.close()
     replace_text(folder / RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
@@ -92,7 +93,8 @@ class Study(Run):
             return self._named()
         base = self.base_model()
         rows = [self._row("base", base, 0)]
-        model, every = base, sorted(self.measured)
+        model, every = base, self._trainable()
+        self._refuse_another_chain()
         for number, stage in enumerate(self.study.train):
             train = self.bridge if stage == "bridge" else self.sharpen
             self.measure(rows[-1])  # a stage may route items by the measurement before it
@@ -101,8 +103,10 @@ class Study(Run):
             if any(row.name == name for row in rows):
                 name = f"{name} {number + 1}"
             rows.append(self._row(name, model, number + 1, parent=rows[-1].name, trained_on=tuple(every)))
-        for number, strata in enumerate(self.study.transfer):
-            round = _BEHIND_CHAIN + 2 * number
+        for strata in self.study.transfer:
+            known = [s.round for s in self.ledger.stages() if s.kind == "bridge" and s.round >= _BEHIND_CHAIN
+                     and (s.model, sorted(s.strata)) == (base, sorted(strata))]  # fmt: skip
+            round = known[0] if known else self._free_round()
             model = self.bridge(round, base, sorted(strata))
             name = f"SFT on {', '.join(sorted(strata))}"
             rows.append(self._row(name, model, round + 1, parent="base", trained_on=tuple(sorted(strata)), chain=False))
@@ -113,10 +117,33 @@ class Study(Run):
         for name, model in self.study.models.items():
             beside = self.base_dir / model.path
             path = str(beside.resolve()) if beside.is_dir() else model.path
-            row = ModelRow(name, path, model.parent, tuple(model.trained_on), chain=not model.trained_on)
-            rows.append(row)
+            rows.append(ModelRow(name, path, model.parent, tuple(model.trained_on)))
             self._rounds[name] = self._round_of(path)
+            if beside.is_dir():
+                refuse_changed(self.ledger, Path(path), f"study.models.{name}.path")
         return rows
+
+    def _trainable(self) -> list[str]:
+        """The strata that have training items; the others are measured alone."""
+        there = self._with_training_items()
+        bare = sorted(set(self.measured) - there)
+        if bare and self.study.train:
+            self.reporter.say(f"no training items of {', '.join(bare)}: measured, and not trained on")
+        return sorted(set(self.measured) & there)
+
+    def _with_training_items(self) -> set[str]:
+        return {item.stratum(self.strata_keys) for item in self.items.split("train")}
+
+    def _refuse_another_chain(self) -> None:
+        """Refuse stages that an earlier call trained otherwise: their measurements would pass for the new models'."""
+        for stage in self.ledger.stages():
+            if stage.kind in TRAINING and stage.round < _BEHIND_CHAIN:
+                wanted = self.study.train[stage.round] if stage.round < len(self.study.train) else stage.kind
+                if stage.kind != wanted:
+                    raise MedbridgeError(
+                        f"study.train: stage {stage.round + 1} of this run folder is {stage.kind!r}, not {wanted!r}. "
+                        "Name another folder with --run, or go back to what it was."
+                    )
 
     def _row(self, name: str, path: str, round: int, **more: Any) -> ModelRow:
         self._rounds[name] = round
@@ -124,14 +151,21 @@ class Study(Run):
 
     def _round_of(self, path: str) -> int:
         """The round in which a model was measured, or the next that is free."""
-        stages = [stage for stage in self.ledger.stages() if stage.kind == "diagnose"]
-        known = [stage.round for stage in stages if stage.model == path]
-        taken = [_BEHIND_CHAIN - 2, *(stage.round for stage in stages), *self._rounds.values()]
-        return known[0] if known else max(taken) + 2
+        known = [stage.round for stage in self.ledger.stages() if (stage.kind, stage.model) == ("diagnose", path)]
+        return known[0] if known else self._free_round()
+
+    def _free_round(self) -> int:
+        taken = [_BEHIND_CHAIN - 2, *(stage.round for stage in self.ledger.stages()), *self._rounds.values()]
+        return 2 * (max(taken) // 2 + 1)
 
     def _refuse_unknown_strata(self) -> None:
         named = [name for group in self.study.transfer for name in group]
         named += [name for model in self.study.models.values() for name in model.trained_on]
+        bare = {name for group in self.study.transfer for name in group} & set(
+            self.measured
+        ) - self._with_training_items()
+        if bare:
+            raise MedbridgeError(f"study.transfer names {sorted(bare)[0]!r}, which has no training items.")
         for name in named:
             if name not in self.measured:
                 raise MedbridgeError(
@@ -143,11 +177,23 @@ class Study(Run):
 
     def measure(self, row: ModelRow) -> None:
         """Sample and judge a model, where that was not done."""
-        self.diagnose(self._rounds[row.name], row.path)
+        try:
+            self.diagnose(self._rounds[row.name], row.path)
+        except MedbridgeError as error:
+            if row.name in self.study.models:
+                raise MedbridgeError(f"study.models.{row.name}: {error}") from error
+            raise
+        self._measurement(row)
 
     def _measurement(self, row: ModelRow) -> Stage:
         round = self._rounds[row.name]
-        return next(s for s in self.ledger.stages() if s.kind == "diagnose" and s.round == round)
+        stage = next(s for s in self.ledger.stages() if s.kind == "diagnose" and s.round == round)
+        if stage.model != row.path:
+            raise MedbridgeError(
+                f"{row.name}: what this run folder measured is {stage.model} and not {row.path}. Name another folder "
+                "with --run."
+            )
+        return stage
 
     def result(self, rows: Sequence[ModelRow]) -> StudyResult:
         """All cells, from the ledger and the probes."""
@@ -166,7 +212,7 @@ class Study(Run):
                     cells.append(self._cell(row, stratum, found, sights.get(stratum), spectra.get(stratum, ())))
             if row.parent is not None:
                 before = next(other for other in rows if other.name == row.parent)
-                changes += self._changes(row, before, stage)
+                changes += self._changes(row, before, stage, measurements)
         encoder = None if self.study.sight is None else self.study.sight.beside
         gate = self.settings.gate
         return StudyResult(
@@ -200,12 +246,21 @@ class Study(Run):
         found: dict[str, list[int]] = {}
         for tally in self.ledger.tallies(stage.stage_id):
             if tally.n and tally.item_id in stratum_of:
-                bins = found.setdefault(stratum_of[tally.item_id], [0] * _SPECTRUM_BINS)
-                bins[round((_SPECTRUM_BINS - 1) * tally.c / tally.n)] += 1
+                # A bin for each number of right samples: of any other width, some would hold more numbers than others.
+                bins = found.setdefault(stratum_of[tally.item_id], [0] * (self.settings.diagnosis.samples + 1))
+                bins[round((len(bins) - 1) * tally.c / tally.n)] += 1
         return {name: tuple(bins) for name, bins in found.items()}
 
-    def _changes(self, row: ModelRow, before: ModelRow, stage: Stage) -> list[ChangeCell]:
-        told = compare_stages(self.ledger, self._measurement(before), stage, self.measured, self.settings)
+    def _changes(
+        self, row: ModelRow, before: ModelRow, stage: Stage, measurements: Mapping[tuple[int, str], Measurement]
+    ) -> list[ChangeCell]:
+        earlier = self._measurement(before)
+        told = compare_stages(self.ledger, earlier, stage, self.measured, self.settings)
+
+        def trusted(name: str) -> bool:
+            both = [measurements.get((one.stage_id, name)) for one in (earlier, stage)]
+            return not any(found is not None and found.reason.startswith(NO_VERDICT) for found in both)
+
         return [
             ChangeCell(
                 model=row.name,
@@ -217,6 +272,7 @@ class Study(Run):
                 acc_at_1=_stored(change["acc_at_1"]),
                 gained=len(change["gained"]),
                 lost=len(change["lost"]),
+                trusted=trusted(name),
             )
             for name, change in told["changes"].items()
         ]

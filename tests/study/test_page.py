@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -248,6 +249,51 @@ def test_hostile_completions(open_study: Callable[..., Any], answered: Callable[
     assert second.startswith("\ufffdxxx") and "characters left out" in second
     assert max(len(first), len(second)) < 1000 and overflow(page) <= 0
     assert page.locator("#detail img").count() == 1 and page.locator("#detail b").count() == 0
+
+
+def heights(page: str, kind: str) -> list[float]:
+    """Where the dots of a kind stand in the first drawing of slopes."""
+    drawing = page[page.index('class="chart slopes"') :].split("</svg>")[0]
+    group = drawing[drawing.index(f'<g class="{kind}"') :].split("</g>")[0]
+    return [float(value) for value in re.findall(r'cy="([0-9.]+)"', group)]
+
+
+def test_supports_far_below_guessing_stand_where_they_are(answered: Callable[..., Any]) -> None:
+    low = replace(study().cells[0], support=Estimate(-1.0, -1.33, -0.5))
+    whole = replace(study(), cells=(low, *study().cells[1:]))
+    supports = heights(render(whole, questions(2)), "after")
+    # support -1, 0.4 and 0.4 on one scale with Acc@1 of 0.3
+    accuracy = heights(render(whole, questions(2)), "before")[0]
+    assert supports[1] == supports[2] < accuracy < supports[0] < 190 - 30
+    assert (supports[0] - supports[1]) / (accuracy - supports[1]) == pytest.approx(1.4 / 0.1, rel=0.05)
+
+
+def test_a_change_of_what_got_no_verdict_is_marked() -> None:
+    loss = ChangeCell("after SFT", "base", STRATA[0], True, 50, Estimate(-1.0, -1.3, -0.2), None, 0, 0, trusted=False)
+    page = render(replace(study(), changes=(loss,)), questions(2))
+    drawing = page[page.index('class="chart transfer"') :].split("</svg>")[0]
+    assert "not trusted" in drawing and 'class="cell open' in drawing and "lost" not in drawing.split("items")[0]
+
+
+def test_long_names_differ_at_their_ends() -> None:
+    names = [f"qwen2.5-vl-7b-instruct-{end}" for end in ("base", "sft", "rl")]
+    models = tuple(ModelRow(name, name) for name in names)
+    cells = tuple(replace(cell(n, s, "bridge")) for n in names for s in STRATA)
+    page = render(replace(study(), models=models, cells=cells, changes=()), questions(2))
+    for kind in ("map", "slopes"):
+        drawing = page[page.index(f'class="chart {kind}"') :].split("</svg>")[0]
+        shown = re.findall(r">(qwen[^<]*)</text>", drawing)
+        assert len(set(shown)) == 3 and all("…" in name for name in shown)
+
+
+@pytest.mark.browser
+def test_a_wide_map_is_scrolled_on_a_phone_and_buttons_are_not_printed(open_study: Callable[..., Any]) -> None:
+    page = open_study(3, 390)
+    width = page.locator(".map").evaluate("map => map.getBoundingClientRect().width")
+    assert width == page.locator(".map").evaluate("map => Number(map.getAttribute('width'))") > 390
+    assert overflow(page) <= 0
+    page.emulate_media(media="print")
+    assert page.locator("figure .export:visible").count() == 0
 
 
 @pytest.mark.browser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from medbridge.errors import MedbridgeError
 from medbridge.ledger import Ledger
 from medbridge.probe.probing import fit_linear
 from medbridge.progress import Reporter
+from medbridge.report import write_report
+from medbridge.report.collect import collect
 from medbridge.study import StudyConfig, StudyResult, run_study
 from medbridge.study.study import PAGE, RESULT, Study
 
@@ -26,10 +29,14 @@ CHANGES: dict[str, Any] = {
 
 @pytest.fixture
 def run(tiny_config: Callable[..., dict[str, Any]], tiny_data: Path, tmp_path: Path) -> Callable[..., StudyResult]:
-    """Run a study in tmp_path/study; keywords are the section `study`."""
+    """Run a study in tmp_path/study; keywords are the section `study`, but `data`, a folder of other questions."""
 
-    def make(**study: Any) -> StudyResult:
-        config = StudyConfig.model_validate({**tiny_config(**CHANGES), "study": {"sight": None, **study}})
+    def make(data: Path | None = None, **study: Any) -> StudyResult:
+        settings = tiny_config(**CHANGES)
+        if data is not None:
+            sources = [{"kind": "jsonl", "path": str(data)}]
+            settings = {**settings, "data": {**settings["data"], "sources": sources}}
+        config = StudyConfig.model_validate({**settings, "study": {"sight": None, **study}})
         with (tmp_path / "log").open("a") as log:
             reporter = Reporter(Console(file=log, width=200))
             return run_study(
@@ -135,9 +142,94 @@ def test_models_that_are_named(
     assert kinds(tmp_path / "study") == ["diagnose", "control"] * 2
 
 
+def test_groups_of_transfer_in_another_order_are_the_models_that_they_were(
+    run: Callable[..., StudyResult], tmp_path: Path
+) -> None:
+    first = run(train=[], transfer=[["shade"]])
+    again = run(train=[], transfer=[["side"], ["shade"]])
+    assert [row.name for row in again.models] == ["base", "SFT on side", "SFT on shade"]
+    assert again.models[2] == first.models[1] and again.cell("SFT on shade", "side") == first.cell(
+        "SFT on shade", "side"
+    )
+    ledger = Ledger(tmp_path / "study" / "run.sqlite", read_only=True)
+    trained = {stage.result_model: stage.strata for stage in ledger.stages() if stage.kind == "bridge"}
+    ledger.close()
+    assert [list(trained[row.path]) for row in again.models[1:]] == [["side"], ["shade"]]
+
+
+def test_another_order_of_training_is_refused(run: Callable[..., StudyResult], tmp_path: Path) -> None:
+    run(train=["bridge"])
+    before = kinds(tmp_path / "study")
+    with pytest.raises(
+        MedbridgeError, match=r"stage 1 of this run folder is 'bridge', not 'sharpen'\. Name another folder"
+    ):
+        run(train=["sharpen", "bridge"])
+    assert kinds(tmp_path / "study") == before
+    assert len(run(train=["bridge", "sharpen"]).models) == 3
+
+
+def test_other_weights_in_a_measured_folder_are_refused(
+    run: Callable[..., StudyResult], formed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(formed, folder)
+    models = {"own": {"path": str(folder)}}
+    first = run(models=models)
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content)  # written again, and the same
+    assert run(models=models) == first
+    weights.write_bytes(content[:-4] + bytes(4))
+    with pytest.raises(MedbridgeError, match=r"study\.models\.own\.path: .* other weights than those that this run"):
+        run(models=models)
+
+
+def test_a_stratum_without_training_items_is_measured_alone(
+    run: Callable[..., StudyResult], tiny_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    file = data / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [row for row in rows if "side" not in json.dumps(row.get("tags", row))]
+    assert 0 < len(kept) < len(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with pytest.raises(MedbridgeError, match=r"study\.transfer names 'side', which has no training items"):
+        run(data, transfer=[["side"]])
+    found = run(data, train=["bridge"])
+    assert found.models[1].trained_on == ("shade",) and {cell.stratum for cell in found.cells} == {"shade", "side"}
+    assert "no training items of side: measured, and not trained on" in (tmp_path / "log").read_text()
+
+
+def test_a_model_that_cannot_be_opened_is_named(run: Callable[..., StudyResult], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MedbridgeError, match=r"^study\.models\.gone: "):
+        run(models={"gone": {"path": str(tmp_path / "empty")}})
+
+
+def test_the_report_of_a_study_tells_no_history(run: Callable[..., StudyResult], tmp_path: Path) -> None:
+    run(transfer=[["shade"]])
+    view = collect(tmp_path / "study")
+    assert view.study and view.state == "finished" and view.final_model is None and "study.html" in view.state_note
+    page = write_report(tmp_path / "study").read_text()
+    assert "A study: its models stand beside each other" in page and "bridged, then sharpened" not in page
+
+
+def test_probes_are_not_fitted_on_what_is_measured(tiny_config: Callable[..., dict[str, Any]]) -> None:
+    changed = {**CHANGES, "diagnosis": {**CHANGES["diagnosis"], "split": "train"}}
+    with pytest.raises(ValueError, match=r"diagnosis\.split is train, on which the probes are fitted"):
+        StudyConfig.model_validate({**tiny_config(**changed), "study": {}})
+    StudyConfig.model_validate({**tiny_config(**changed), "study": {"sight": None}})
+
+
 @pytest.mark.parametrize(
     ("study", "message"),
     [
+        ({"transfer": [[]]}, r"at least 1 item"),
+        (
+            {"models": {"a": {"path": "x", "parent": "b"}, "b": {"path": "y", "parent": "a"}}},
+            r"a comes from b comes from a",
+        ),
         ({"transfer": [["shadow"]]}, r"names the stratum 'shadow', and the test split has: shade, side"),
         ({"models": {"a": {"path": "x", "parent": "b"}}}, r"parent 'b' of 'a' is not another"),
         ({"models": {"a": {"path": "x", "trained_on": ["shade"]}}}, r"has trained_on and no parent"),
