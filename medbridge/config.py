@@ -351,6 +351,8 @@ def _explain(
         valid = _valid_keys(schema, path[:-1])
         close = difflib.get_close_matches(str(path[-1]), valid, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
+        if dotted == "study":
+            hint = " It is of a study: `medbridge study` reads it, and other commands take the file without it."
         return f"{where}: unknown key {dotted!r}.{hint} Valid keys here: {', '.join(valid)}."
     if kind == "missing":
         return f"{where}: key {dotted!r} is missing; it has no default."

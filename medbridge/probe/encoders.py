@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -75,7 +76,13 @@ def open_encoder(name: str, settings: EncoderSettings, model: ModelSettings) -> 
             raise MedbridgeError(f"encoder {name}: {kind}'s networks pool as they were trained. Leave pool at mean.")
         parts = torchvision_network(which) if kind == "torchvision" else timm_network(which)
         return _Network(name, *parts, settings.pool, device)
-    return _Tower(name, Policy.load(name, model), settings)
+    try:
+        return _Tower(name, Policy.load(name, model), settings)
+    except MedbridgeError as error:
+        if Path(name).is_dir():
+            raise
+        known = f"{LITE0}, torchvision:NAME, timm:NAME, or the folder or Hugging Face id of a vision-language model"
+        raise MedbridgeError(f"encoder {name!r}: {error} Known encoders are {known}.") from error
 
 
 class _Tower:

@@ -118,6 +118,32 @@ def test_drawings_are_saved(open_study: Callable[..., Any], tmp_path: Path, kind
         assert "support-limited" in saved.read_text(encoding="utf-8")
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["slopes-1", "pass-at-k-1"])
+def test_a_saved_drawing_stands_alone(open_study: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    """With its caption and its legend, which lie beside it in the page; and every part within its frame."""
+    page = open_study(3)
+    with page.expect_download() as waited:
+        page.click(f'[aria-label="Save {name} as SVG"]')
+    waited.value.save_as(tmp_path / "saved.svg")
+    wanted = {"slopes-1": ["CT / CLOSED", "Acc@1", "support above the floor"], "pass-at-k-1": [*NAMES, "guessing"]}[
+        name
+    ]
+    alone = page.context.new_page()
+    alone.goto((tmp_path / "saved.svg").as_uri())
+    shown = alone.locator("text").all_text_contents()
+    assert set(wanted) <= set(shown)
+    assert alone.evaluate(
+        """() => {
+          const frame = document.documentElement.getBoundingClientRect();
+          return [...document.querySelectorAll("text")].every(text => {
+            const box = text.getBoundingClientRect();
+            return box.top >= frame.top && box.bottom <= frame.bottom && box.right <= frame.right + 1;
+          });
+        }"""
+    )
+
+
 ANSWERS = {
     "d/test/1": Answers(
         [
