@@ -22,7 +22,7 @@ MARKS = {"vision-limited": "V", "support-limited": "S", "sampling-limited": "R",
 _MINUS = "\u2212"
 
 _NAME = 200.0
-_WIDTH, _HEIGHT = 140.0, 64.0
+_WIDTH, _HEIGHT = 156.0, 64.0
 _HEAD = 34.0
 
 

@@ -313,6 +313,19 @@ def test_long_names_differ_at_their_ends() -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("family", ["DejaVu Sans", "Liberation Sans", "monospace"])
+def test_what_a_tile_says_fits_into_it(open_study: Callable[..., Any], family: str) -> None:
+    page = open_study(3)
+    page.add_style_tag(content=f"svg text.kind, svg text.mark {{ font-family: '{family}', {family} !important; }}")
+    assert page.evaluate(
+        """[...document.querySelectorAll("svg.map a.cell")].every(cell => {
+          const edge = cell.querySelector(".tile").getBoundingClientRect().right;
+          return [...cell.querySelectorAll("text")].every(text => text.getBoundingClientRect().right <= edge);
+        })"""
+    )
+
+
+@pytest.mark.browser
 def test_a_wide_map_is_scrolled_on_a_phone_and_buttons_are_not_printed(open_study: Callable[..., Any]) -> None:
     page = open_study(3, 390)
     width = page.locator(".map").evaluate("map => map.getBoundingClientRect().width")
