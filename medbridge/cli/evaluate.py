@@ -262,13 +262,15 @@ def _print_details(row: StratumResult) -> None:
 
     read = ", ".join(f"{name} {two(value)}" for name, value in row.readings.items())
     scored = f"; {row.disagreements} of {row.scored} completions the log scored otherwise" if row.scored else ""
+    by_guessing = f"; guessing {two(row.floors[0])}" if row.floors else ""
+    by_answer = "" if row.macro_accuracy is None else f"; mean over right answers {two(row.macro_accuracy)}"
     told = [
         f"; {100 * rate:.1f} % {what}"
         for rate, what in ((row.abstain_rate, "without a readable answer"), (row.truncated_rate, "cut off"))
         if rate
     ]
     stdout.print(
-        f"{row.stratum}: {row.reason} Mean accuracy by reading: {read}{''.join(told)}{scored}.",
+        f"{row.stratum}: {row.reason} Mean accuracy by reading: {read}{by_answer}{by_guessing}{''.join(told)}{scored}.",
         soft_wrap=True,
         markup=False,
     )

@@ -271,6 +271,7 @@ def test_the_command(tmp_path: Path) -> None:
     shown = runner.invoke(app, ["evaluate", str(path)])
     assert shown.exit_code == 0, shown.output
     assert "organs" in shown.output and "Mean accuracy by reading: strict 0.25" in shown.output
+    assert "mean over right answers 0.25; guessing 0.25" in shown.output
     told = runner.invoke(app, ["evaluate", str(path), "--json", "--out", str(tmp_path / "out.json")])
     assert json.loads(told.stdout) == json.loads((tmp_path / "out.json").read_text())
     wrong = runner.invoke(app, ["evaluate", str(path), "--reading", "kind"])
