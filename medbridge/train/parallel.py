@@ -80,6 +80,14 @@ class Processes(Ranks):
         self._collective(lambda: dist.gather(padded, parts, dst=0))
         return torch.cat(parts)[: shape[0]] if parts is not None else None
 
+    def leave(self) -> None:
+        """Let go of the groups, whose threads end with the last reference to them.
+
+        One of them that is slow to drop the tensors of the last message would do so while the interpreter ends, want
+        its lock, and abort the process behind all that it has done.
+        """
+        del self._mesh, self._messages
+
     def _send(self, content: bytes) -> None:
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         self._collective(lambda: dist.broadcast(torch.tensor([len(data)]), src=0, group=self._messages))
@@ -134,3 +142,4 @@ def joined() -> Iterator[Ranks]:
     yield ranks
     ranks.gather(None)  # none closes a connection on which another still waits
     dist.destroy_process_group()  # not behind an error: it would wait for what the others will never do
+    ranks.leave()
