@@ -28,6 +28,8 @@ class Item:
 
     `images` are absolute file paths in reading order, opened only when needed. `floor` is the probability
     that one guess is right: 1/m with m options, 0 for an open answer unless the importer knows better.
+    `linked` is a name in common with items of the same data that show some of these images, and others beside them;
+    None where there are none. `open_items` sets it.
 
     Raises MedbridgeError where the parts contradict each other.
     """
@@ -43,6 +45,7 @@ class Item:
     tags: Mapping[str, str] = field(hash=False)
     floor: float
     trace: str | None = None
+    linked: str | None = None
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -111,6 +114,8 @@ class Item:
         record["tags"] = dict(self.tags)
         record["images"] = list(self.images)
         record["options"] = None if self.options is None else list(self.options)
+        if self.linked is None:
+            del record["linked"]
         return record
 
     @classmethod

@@ -16,6 +16,7 @@ from medbridge.data.importers.nifti import read_nifti
 from medbridge.data.importers.slake import read_slake
 from medbridge.data.importers.table import read_table
 from medbridge.data.items import SPLITS, Item, ItemSet, Skip
+from medbridge.data.linked import with_links
 from medbridge.data.sampling import evenly_spaced
 from medbridge.data.settings import DataSettings, SourceSettings
 from medbridge.errors import MedbridgeError
@@ -62,7 +63,7 @@ def open_items(settings: DataSettings, *, base_dir: Path, cache_dir: Path) -> It
             raise MedbridgeError(f"{name}: no question could be read ({_reasons(left_out, copied)}).")
         skipped.extend(left_out)
         items.extend(found if source.limit is None else evenly_spaced(found, source.limit))
-    return ItemSet(items, skipped)
+    return ItemSet(with_links(items), skipped)
 
 
 def read_source(

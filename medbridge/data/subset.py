@@ -207,6 +207,7 @@ def questions_hash(items: Sequence[Item]) -> str:
     total = hashlib.sha256()
     for item in items:
         record = {**item.to_dict(), "images": len(item.images)}
+        record.pop("linked", None)
         total.update(json.dumps(record, sort_keys=True).encode() + b"\n")
     return total.hexdigest()
 

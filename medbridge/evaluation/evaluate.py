@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medbridge.data import PromptSettings, Skip
+from medbridge.data.linked import linked
 from medbridge.data.readings import ReadingName
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation import figures
 from medbridge.evaluation.answered import Answered, answered_in_log
 from medbridge.evaluation.logged import Logged
-from medbridge.measurement import linked, no_verdict
+from medbridge.measurement import no_verdict
 from medbridge.measurement.counting import count
 from medbridge.support import Evidence, GateSettings, Measured, SupportEstimate, Tally, judge, measure
 from medbridge.support.guard import Facts, GuardSettings, Repeats, check

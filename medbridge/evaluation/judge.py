@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -95,18 +96,34 @@ class Judge:
         wanted = {prompt: key for prompt, key in map(self._prompt, dict.fromkeys(compared)) if not self._asked(key)}
         if not wanted:
             return
+        failed = threading.Event()
+
+        def ask(prompt: str) -> str | None:
+            """None where another has failed, and the endpoint is let alone."""
+            if failed.is_set():
+                return None
+            try:
+                return self._ask(prompt)
+            except BaseException:
+                failed.set()
+                raise
+
+        def keep(answer: Future[str | None]) -> None:
+            prompt, said = asked[answer], answer.result()
+            if said is not None:
+                self._keep(wanted[prompt], prompt, said)
+
         with self._bar(f"asking {self.model}", "answers") as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
-            asked = {pool.submit(self._ask, prompt): prompt for prompt in wanted}
+            asked = {pool.submit(ask, prompt): prompt for prompt in wanted}
             try:
                 for done, answer in enumerate(as_completed(asked), start=1):
-                    prompt = asked[answer]
-                    self._keep(wanted[prompt], prompt, answer.result())
+                    keep(answer)
                     progress(done, len(asked))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
-                for answer, prompt in asked.items():  # what was answered meanwhile is not asked for again
+                for answer in asked:  # what was answered meanwhile is not asked for again
                     if answer.done() and not answer.cancelled() and answer.exception() is None:
-                        self._keep(wanted[prompt], prompt, answer.result())
+                        keep(answer)
                 raise
 
     def same(self, question: str, right: str, read: str) -> bool | None:

@@ -7,30 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from scipy.cluster.hierarchy import DisjointSet
-
 from medbridge.data import Item
 
 
 def cluster_of(item: Item, tags: Sequence[str]) -> str:
-    """What makes items dependent: the values of `tags`, or without any the images that an item shows."""
+    """What makes items dependent: the values of `tags`, or without any the images that an item shares with others."""
     if tags:
         return " | ".join(f"{tag}={item.tags.get(tag, item.id)}" for tag in tags)
-    return " | ".join(item.images) or item.id
-
-
-def linked(units: Sequence[Sequence[str]]) -> list[int]:
-    """The number of each unit's cluster: units with a part in common, directly or through others, share one.
-
-    Args:
-        units: the parts of each, at least one.
-    """
-    found = DisjointSet({part for own in units for part in own})
-    for own in units:
-        for part in own[1:]:
-            found.merge(own[0], part)
-    place: dict[str, int] = {}
-    return [place.setdefault(found[own[0]], len(place)) for own in units]
+    return item.linked or " | ".join(item.images) or item.id
 
 
 def by_stratum(

@@ -20,8 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from medbridge.data import Item
+from medbridge.data.linked import linked
 from medbridge.errors import MedbridgeError
-from medbridge.measurement import cluster_of, linked
+from medbridge.measurement import cluster_of
 from medbridge.probe.metrics import Scored, Scores, score
 
 Features = Callable[[Sequence[str]], NDArray[np.float32]]

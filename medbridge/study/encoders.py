@@ -9,10 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medbridge.model import ModelSettings
-from medbridge.probe import EncoderSettings, FeatureStore, open_encoder
+from medbridge.probe import Encoder, EncoderSettings, FeatureStore, open_encoder
 from medbridge.probe.probing import Features
 from medbridge.progress import Reporter
 from medbridge.study.settings import SightSettings
+
+
+def open_for(name: str, sight: SightSettings, model: ModelSettings) -> Encoder:
+    """The encoder of a name, with the features that a study asks for.
+
+    Raises:
+        MedbridgeError: it can't be loaded.
+    """
+    return open_encoder(name, EncoderSettings(layer=sight.layer, pool=sight.pool), model)
 
 
 def features_of(
@@ -25,7 +34,7 @@ def features_of(
     Raises:
         MedbridgeError: the encoder can't be loaded.
     """
-    encoder = open_encoder(name, EncoderSettings(layer=sight.layer, pool=sight.pool), model)
+    encoder = open_for(name, sight, model)
     store = FeatureStore(cache / "features", reporter.say)
 
     def features(files: Sequence[str]) -> NDArray[np.float32]:

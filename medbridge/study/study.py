@@ -8,7 +8,8 @@ single strata and models that were there already behind it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from medbridge.errors import MedbridgeError
 from medbridge.files import replace_text
 from medbridge.ledger import TRAINING, Stage
 from medbridge.measurement import NO_VERDICT, cluster_of, compare_stages
+from medbridge.model import Prompter
 from medbridge.pipeline import Run
 from medbridge.progress import Reporter
 from medbridge.report.collect import collect
 from medbridge.report.view import Estimate, Measurement
 from medbridge.study.answers import choose_answers
-from medbridge.study.encoders import features_of
+from medbridge.study.encoders import features_of, open_for
 from medbridge.study.findings import find
 from medbridge.study.page import Question, render
 from medbridge.study.result import Cell, ChangeCell, ModelRow, Sight, StudyResult
@@ -54,6 +56,7 @@ def run_study(config: StudyConfig, folder: Path, *, base_dir: Path, cache_dir: P
     study = Study(folder, config, base_dir=base_dir, cache_dir=cache_dir, reporter=reporter)
     try:
         study.ledger.set_meta("study", {"finished": False})
+        study.refuse_unopenable()
         rows = study.models()
         for row in rows:
             study.measure(row)
@@ -87,6 +90,15 @@ class Study(Run):
 
     # -- models ------------------------------------------------------------------------------------------------
 
+    def refuse_unopenable(self) -> None:
+        """Open what the study names, before hours of sampling go to the models in front of a name that is mistyped."""
+        for name, model in self.study.models.items():
+            with self._blamed_on(name):
+                Prompter.load(self._beside(model.path))
+        sight = self.study.sight
+        if sight is not None and sight.beside is not None and self.ledger.meta(f"sights of {sight.beside}") is None:
+            open_for(sight.beside, sight, self.settings.model)
+
     def models(self) -> list[ModelRow]:
         """The models of the study, trained first where they are not there."""
         if self.study.models:
@@ -115,13 +127,27 @@ class Study(Run):
     def _named(self) -> list[ModelRow]:
         rows = []
         for name, model in self.study.models.items():
-            beside = self.base_dir / model.path
-            path = str(beside.resolve()) if beside.is_dir() else model.path
+            path = self._beside(model.path)
             rows.append(ModelRow(name, path, model.parent, tuple(model.trained_on)))
             self._rounds[name] = self._round_of(path)
-            if beside.is_dir():
+            if Path(path).is_dir():
                 refuse_changed(self.ledger, Path(path), f"study.models.{name}.path")
         return rows
+
+    def _beside(self, path: str) -> str:
+        """A folder as it is seen from the configuration; otherwise a Hugging Face id."""
+        folder = self.base_dir / path
+        return str(folder.resolve()) if folder.is_dir() else path
+
+    @contextmanager
+    def _blamed_on(self, name: str) -> Iterator[None]:
+        """An error that arises is told as that of the model."""
+        try:
+            yield
+        except MedbridgeError as error:
+            if name in self.study.models:
+                raise MedbridgeError(f"study.models.{name}: {error}") from error
+            raise
 
     def _trainable(self) -> list[str]:
         """The strata that have training items; the others are measured alone."""
@@ -177,12 +203,8 @@ class Study(Run):
 
     def measure(self, row: ModelRow) -> None:
         """Sample and judge a model, where that was not done."""
-        try:
+        with self._blamed_on(row.name):
             self.diagnose(self._rounds[row.name], row.path)
-        except MedbridgeError as error:
-            if row.name in self.study.models:
-                raise MedbridgeError(f"study.models.{row.name}: {error}") from error
-            raise
         self._measurement(row)
 
     def _measurement(self, row: ModelRow) -> Stage:

@@ -201,10 +201,25 @@ def test_a_stratum_without_training_items_is_measured_alone(
     assert "no training items of side: measured, and not trained on" in (tmp_path / "log").read_text()
 
 
-def test_a_model_that_cannot_be_opened_is_named(run: Callable[..., StudyResult], tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_named_before_anything_is_sampled(
+    run: Callable[..., StudyResult], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
+    here = {"here": {"path": str(model_folder("qwen2_5_vl"))}}
     with pytest.raises(MedbridgeError, match=r"^study\.models\.gone: "):
-        run(models={"gone": {"path": str(tmp_path / "empty")}})
+        run(models={**here, "gone": {"path": str(tmp_path / "empty")}})
+    with pytest.raises(MedbridgeError, match=r"timm:no-such-network"):
+        run(models=here, sight={"beside": "timm:no-such-network"})
+    assert kinds(tmp_path / "study") == []
+
+
+def test_a_model_whose_weights_cannot_be_read_is_named(
+    run: Callable[..., StudyResult], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder("qwen2_5_vl"), tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(MedbridgeError, match=r"^study\.models\.cut: "):
+        run(models={"cut": {"path": str(tmp_path / "cut")}})
 
 
 def test_the_report_of_a_study_tells_no_history(run: Callable[..., StudyResult], tmp_path: Path) -> None:
