@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import to_jsonable_python
 
 from medbridge.data import DataSettings, SplitName
 from medbridge.errors import MedbridgeError
@@ -228,7 +230,7 @@ def dump_config(settings: RunSettings) -> str:
 
 
 def document(schema: type[BaseModel] = RunSettings) -> Iterator[tuple[str, str, str, str]]:
-    """Every key of the schema: (dotted key, type, default, description)."""
+    """Every key of the schema: (dotted key, type, default as YAML, description)."""
     yield from _document(schema, "")
 
 
@@ -237,13 +239,22 @@ def _document(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, s
         key = f"{prefix}{name}"
         inner = _inner_model(field.annotation)
         if inner is not None:
-            is_list = typing.get_origin(field.annotation) is list
-            optional = "" if inner is field.annotation or is_list else " (may be null)"
-            yield key, "list of sections" if is_list else "section" + optional, "", field.description or ""
-            yield from _document(inner, f"{key}[]." if is_list else f"{key}.")
+            origin = typing.get_origin(field.annotation)
+            kind, below = ("section" if inner is field.annotation else "section (may be null)"), "."
+            if origin is list:
+                kind, below = "list of sections", "[]."
+            elif origin is dict:
+                kind, below = "sections by name", ".NAME."
+            yield key, kind, "", field.description or ""
+            yield from _document(inner, f"{key}{below}")
         else:
-            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            default = "required" if field.is_required() else _yaml(field.get_default(call_default_factory=True))
             yield key, _type_name(field.annotation), default, field.description or ""
+
+
+def _yaml(value: Any) -> str:
+    """On one line, which JSON is."""
+    return json.dumps(to_jsonable_python(value), ensure_ascii=False)
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
@@ -255,12 +266,18 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return " | ".join(map(str, typing.get_args(annotation)))
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return " | ".join("null" if a is type(None) else _type_name(a) for a in typing.get_args(annotation))
-    if typing.get_origin(annotation) is not None:
-        return str(annotation).replace("typing.", "").replace("collections.abc.", "")
+    """As Python writes types, without the constraints that descriptions tell."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Ellipsis:
+        return "..."
+    if origin is Annotated:
+        return _type_name(inner[0])
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join("null" if a is type(None) else _type_name(a) for a in inner)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_type_name, inner))}]"
     return getattr(annotation, "__name__", str(annotation))
 
 

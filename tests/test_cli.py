@@ -277,7 +277,9 @@ def test_an_interrupted_run_is_reported_and_goes_on_from_anywhere(
 def test_config_command(medbridge: Callable[..., Done], config: Path) -> None:
     documented = medbridge("config")
     assert documented.code == 0
-    assert "rl.learning_rate" in documented.out
+    lines = documented.out.splitlines()
+    assert "rl.learning_rate  float = 5e-07" in lines
+    assert "data.sources[].kind" in documented.out and ", required" in documented.out
     completed = yaml.safe_load(medbridge("config", config).out)
     assert completed["gate"]["alpha"] == 0.05
     assert medbridge("config", "--json").json["properties"]["rl"]

@@ -198,11 +198,20 @@ def test_every_key_is_documented() -> None:
     dumped = yaml.safe_load(dump_config(parse_config(DATA + "model: {lora: {}}\n", source="x")))
     assert set(keys) == {re.sub(r"\.\d+", "[]", key) for key in _keys_of(dumped)}
     by_key = {key: (kind, default) for key, kind, default, _ in rows}
-    assert by_key["sft.schedule"] == ("constant | cosine | linear", "'cosine'")
+    assert by_key["sft.schedule"] == ("constant | cosine | linear", '"cosine"')
     assert by_key["rl.learning_rate"] == ("float", "5e-07")
-    assert by_key["budget.minutes"] == ("float | null", "None")
+    assert by_key["budget.minutes"] == ("float | null", "null")
     assert by_key["data.sources[].kind"][1] == "required"
     assert by_key["model.lora"][0] == "section (may be null)"
+
+
+def test_keys_and_defaults_are_what_a_file_would_hold() -> None:
+    by_key = {key: (kind, default) for key, kind, default, _ in document(StudyConfig)}
+    assert by_key["study.models"][0] == "sections by name" and by_key["study.models.NAME.path"] == ("str", "required")
+    assert all(yaml.safe_load(default) is not None or default in ("null", "") for _, default in by_key.values())
+    assert by_key["study.transfer"][0] == "list[list[str]]"
+    assert by_key["data.sources[].dicom.window"][0] == "file | full | tuple[float, float]"
+    assert by_key["study.train"][1] == '["bridge", "sharpen"]'
 
 
 def _keys_of(value: object, prefix: str = "") -> set[str]:

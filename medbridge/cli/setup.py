@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from medbridge.cli.app import app
 from medbridge.cli.common import DataOption, JsonOption, SetOption, cache_folder, emit, read_settings, stdout
@@ -80,10 +81,10 @@ def config_command(
     if as_json:
         sys.stdout.write(json.dumps(StudyConfig.model_json_schema(), indent=2) + "\n")
         return
-    table = Table("key", "type", "default", "what it is", show_lines=False)
     for key, kind, default, description in document(StudyConfig):
-        table.add_row(key, kind, default, description)
-    stdout.print(table)
+        value = {"": "", "required": ", required"}.get(default, f" = {default}")
+        stdout.print(Text.assemble((key, "bold"), f"  {kind}{value}"), soft_wrap=True)
+        stdout.print(Padding(Text(description), (0, 0, 0, 4), expand=False))
 
 
 def _names_a_study(path: Path) -> bool:
