@@ -53,6 +53,7 @@ class Cell:
     """One model on one stratum. What was not measured is None.
 
     Attributes:
+        clusters: of the items, which intervals resample: those that share images, or as `diagnosis.cluster` says.
         support: support above the guessing floor at `k` (the gate's statistic).
         ks, pass_at_k, floors: the raw Pass@k curve, with guessing's; [K] each.
         blank: support that the images add to grey ones; None without that control.
@@ -64,6 +65,7 @@ class Cell:
     verdict: str
     reason: str
     items: int
+    clusters: int
     samples: int
     k: int | None
     support: Estimate | None

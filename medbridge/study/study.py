@@ -33,6 +33,7 @@ from medbridge.study.result import Cell, ChangeCell, ModelRow, Sight, StudyResul
 from medbridge.study.settings import StudyConfig
 from medbridge.study.sight import Asked, look
 from medbridge.study.weights import refuse_changed
+from medbridge.support.tallies import Tally
 
 _BEHIND_CHAIN = 100
 """Rounds from here on belong to models beside the chain: two for each, training and measurement."""
@@ -227,11 +228,11 @@ class Study(Run):
         for row in rows:
             stage = self._measurement(row)
             sights = self._sights(row.path, stage)
-            spectra = self._spectra(stage)
+            tallies = self._tallies(stage)
             for stratum in sorted(self.measured):
                 found = measurements.get((stage.stage_id, stratum))
                 if found is not None:
-                    cells.append(self._cell(row, stratum, found, sights.get(stratum), spectra.get(stratum, ())))
+                    cells.append(self._cell(row, stratum, found, sights.get(stratum), tallies[stratum]))
             if row.parent is not None:
                 before = next(other for other in rows if other.name == row.parent)
                 changes += self._changes(row, before, stage, measurements)
@@ -245,7 +246,7 @@ class Study(Run):
         )  # fmt: skip
 
     def _cell(
-        self, row: ModelRow, stratum: str, found: Measurement, sight: Sight | None, spectrum: tuple[int, ...]
+        self, row: ModelRow, stratum: str, found: Measurement, sight: Sight | None, tallies: Sequence[Tally]
     ) -> Cell:
         blank = next((check.visual for check in found.checks if check.name == "blank"), None)
         finding = find(
@@ -254,24 +255,31 @@ class Study(Run):
         )  # fmt: skip
         return Cell(
             model=row.name, stratum=stratum, verdict=found.kind, reason=found.reason, items=found.items,
-            samples=found.n_min, k=found.k, support=found.support, acc_at_1=found.acc_at_1,
+            clusters=len({tally.cluster for tally in tallies}), samples=found.n_min, k=found.k, support=found.support,
+            acc_at_1=found.acc_at_1,
             ks=tuple(found.ks), pass_at_k=tuple(found.pass_at_k.value), floors=tuple(found.floor),
-            blank=blank, sight=sight, spectrum=spectrum, finding=finding,
+            blank=blank, sight=sight, spectrum=self._spectrum(tallies), finding=finding,
         )  # fmt: skip
 
     @property
     def _seen_from(self) -> float:
         return 0.0 if self.study.sight is None else self.study.sight.threshold
 
-    def _spectra(self, stage: Stage) -> dict[str, tuple[int, ...]]:
+    def _tallies(self, stage: Stage) -> dict[str, list[Tally]]:
+        """The items of each stratum that were sampled."""
         stratum_of = {item.id: name for name, items in self.measured.items() for item in items}
-        found: dict[str, list[int]] = {}
+        found: dict[str, list[Tally]] = {name: [] for name in self.measured}
         for tally in self.ledger.tallies(stage.stage_id):
             if tally.n and tally.item_id in stratum_of:
-                # A bin for each number of right samples: of any other width, some would hold more numbers than others.
-                bins = found.setdefault(stratum_of[tally.item_id], [0] * (self.settings.diagnosis.samples + 1))
-                bins[round((len(bins) - 1) * tally.c / tally.n)] += 1
-        return {name: tuple(bins) for name, bins in found.items()}
+                found[stratum_of[tally.item_id]].append(tally)
+        return found
+
+    def _spectrum(self, tallies: Sequence[Tally]) -> tuple[int, ...]:
+        """A bin for each number of right samples: of any other width, some would hold more numbers than others."""
+        bins = [0] * (self.settings.diagnosis.samples + 1)
+        for tally in tallies:
+            bins[round((len(bins) - 1) * tally.c / tally.n)] += 1
+        return tuple(bins)
 
     def _changes(
         self, row: ModelRow, before: ModelRow, stage: Stage, measurements: Mapping[tuple[int, str], Measurement]

@@ -31,7 +31,7 @@ def cell(model: str, stratum: str, verdict: str) -> Cell:
     sight = Sight(40, 50, 2, 0.8, 0.6, Estimate(0.5, 0.3, 0.7))
     support = Estimate(0.4, 0.3, 0.5)
     return Cell(
-        model, stratum, verdict, "because", 50, 8, 4, support, Estimate(0.3, 0.2, 0.4), (1, 2, 4, 8),
+        model, stratum, verdict, "because", 50, 6, 8, 4, support, Estimate(0.3, 0.2, 0.4), (1, 2, 4, 8),
         (0.3, 0.4, 0.5, 0.6), (0.25, 0.4, 0.5, 0.55), Estimate(0.1, -0.1, 0.3), sight, (9, *[2] * 9, 23),
         find(verdict, sight, None, threshold=0.2, reason="the gate's reason", support="0.4", accuracy="0.3"),
     )  # fmt: skip
@@ -298,6 +298,7 @@ def test_a_change_of_what_got_no_verdict_is_marked() -> None:
     loss = ChangeCell("after SFT", "base", STRATA[0], True, 50, Estimate(-1.0, -1.3, -0.2), None, 0, 0, trusted=False)
     page = render(replace(study(), changes=(loss,)), questions(2))
     drawing = page[page.index('class="chart transfer"') :].split("</svg>")[0]
+    assert "(not trusted)</td>" in page and "50 items in 6 clusters" in page
     assert "not trusted" in drawing and 'class="cell open' in drawing and "lost" not in drawing.split("items")[0]
 
 

@@ -101,7 +101,11 @@
     const several = item.pictures.length > 1 ? " · " + item.pictures.length + " images" : "";
     what.append(element("bdi", data.strata[item.stratum] + " · " + item.id + several, "note"));
     const counts = element("span", "", "counts");
-    data.models.forEach((name, model) => counts.append(element("bdi", name + ": " + told(item.counts[model]))));
+    data.models.forEach((name, model) => {
+      const count = element("span", "", "count");
+      count.append(element("bdi", name), element("span", ": " + told(item.counts[model])));
+      counts.append(count);
+    });
     button.append(picture, what, counts);
     made.append(button);
     return made;
