@@ -68,7 +68,7 @@ class DiagnosisSettings(BaseModel):
     cluster: list[str] = Field(
         default_factory=list,
         description="Tags whose items are not independent (a patient, a slice) and are resampled together for the "
-        "intervals; empty: items that show exactly the same images.",
+        "intervals; empty: items that share an image, directly or through others.",
     )
     kind_of_question: list[str] = Field(
         default_factory=list,
