@@ -163,6 +163,17 @@ class Skip:
         return f"{place}: item {self.item!r}: {self.reason}"
 
 
+@dataclass(slots=True)
+class Place:
+    """Where an importer reads at the moment: a file and its line or row (from 1), while its questions come."""
+
+    source: str | None = None
+    line: int | None = None
+
+    def reach(self, source: str, line: int) -> None:
+        self.source, self.line = source, line
+
+
 @dataclass(frozen=True, slots=True)
 class ItemSet:
     """The items of a run in a fixed order, with everything that was skipped on the way."""

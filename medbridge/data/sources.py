@@ -15,7 +15,7 @@ from medbridge.data.importers.medmnist import read_medmnist
 from medbridge.data.importers.nifti import read_nifti
 from medbridge.data.importers.slake import read_slake
 from medbridge.data.importers.table import read_table
-from medbridge.data.items import SPLITS, Item, ItemSet, Skip
+from medbridge.data.items import SPLITS, Item, ItemSet, Place, Skip
 from medbridge.data.linked import with_links
 from medbridge.data.sampling import evenly_spaced
 from medbridge.data.settings import DataSettings, SourceSettings
@@ -38,12 +38,13 @@ def open_items(settings: DataSettings, *, base_dir: Path, cache_dir: Path) -> It
         left_out: list[Skip] = []
         copied: list[str] = []  # the source of each question that another source had before
         name = _name(source)
-        for entry in read_source(settings, source, base_dir=base_dir, cache_dir=cache_dir):
+        place = Place()
+        for entry in read_source(settings, source, base_dir=base_dir, cache_dir=cache_dir, place=place):
             if isinstance(entry, Item) and entry.id in origin:
                 copied.append(origin[entry.id])
                 entry = Skip(
-                    name,
-                    None,
+                    place.source or name,
+                    place.line,
                     entry.id,
                     f"a question of the id {entry.id!r} is already there (from {origin[entry.id]}). "
                     "Give every row its own dataset_index, and name no source twice.",
@@ -67,20 +68,28 @@ def open_items(settings: DataSettings, *, base_dir: Path, cache_dir: Path) -> It
 
 
 def read_source(
-    settings: DataSettings, source: SourceSettings, *, base_dir: Path, cache_dir: Path
+    settings: DataSettings, source: SourceSettings, *, base_dir: Path, cache_dir: Path, place: Place
 ) -> Iterator[Item | Skip]:
-    """The questions of one source as they are read. Only the MedMNIST importer applies the limit itself."""
+    """The questions of one source as they are read. Only the MedMNIST importer applies the limit itself.
+
+    `place` is kept where they are read, by the importers of lines and rows.
+    """
     root = None if source.image_root is None else _below(base_dir, source.image_root)
     if source.kind == "brain":
         folder = brain_folder(cache_dir)
         # The folder's stamp has just vouched for every byte.
-        yield from _read_folder(folder, folder, None, settings.model_copy(update={"check_images": "exists"}))
+        yield from _read_folder(folder, folder, None, settings.model_copy(update={"check_images": "exists"}), place)
         return
     if source.kind == "jsonl" and source.splits is not None:
         for split, name in source.splits.items():
             file = _below(base_dir, name)
             yield from read_jsonl(
-                file, image_root=root or file.parent, split=split, override=True, check=settings.check_images
+                file,
+                image_root=root or file.parent,
+                split=split,
+                override=True,
+                check=settings.check_images,
+                place=place,
             )
         return
     if source.kind == "table":
@@ -92,6 +101,7 @@ def read_source(
             image_root=root,
             split=source.split,
             check=settings.check_images,
+            place=place,
         )
         return
     assert source.path is not None
@@ -107,9 +117,11 @@ def read_source(
     elif source.kind == "nifti":
         yield from read_nifti(path, source.folder, source.nifti, cache_dir=cache_dir)
     elif path.is_dir():
-        yield from _read_folder(path, root or path, source.split, settings)
+        yield from _read_folder(path, root or path, source.split, settings, place)
     else:
-        yield from read_jsonl(path, image_root=root or path.parent, split=source.split, check=settings.check_images)
+        yield from read_jsonl(
+            path, image_root=root or path.parent, split=source.split, check=settings.check_images, place=place
+        )
 
 
 def open_table(source: SourceSettings, base_dir: Path) -> tuple[TableMapping, Path | None]:
@@ -129,12 +141,16 @@ def open_table(source: SourceSettings, base_dir: Path) -> tuple[TableMapping, Pa
     return mapping, None if mapping.path is None else _below(folder, mapping.path)
 
 
-def _read_folder(folder: Path, image_root: Path, split: str | None, settings: DataSettings) -> Iterator[Item | Skip]:
+def _read_folder(
+    folder: Path, image_root: Path, split: str | None, settings: DataSettings, place: Place
+) -> Iterator[Item | Skip]:
     files = [(name, folder / f"{name}.jsonl") for name in SPLITS if (folder / f"{name}.jsonl").is_file()]
     if not files:
         raise MedbridgeError(f"{folder}: a data folder needs train.jsonl, validation.jsonl or test.jsonl.")
     for name, file in files:
-        yield from read_jsonl(file, image_root=image_root, split=split or name, check=settings.check_images)
+        yield from read_jsonl(
+            file, image_root=image_root, split=split or name, check=settings.check_images, place=place
+        )
 
 
 def _with_tags(item: Item, source: SourceSettings) -> Item:

@@ -59,7 +59,7 @@ def test_error_or_skip(root: Path, make_row: MakeRow, write_rows: WriteRows) -> 
 def test_duplicate_ids(root: Path, make_row: MakeRow, write_rows: WriteRows) -> None:
     write_rows(root / "q.jsonl", [make_row(), make_row()])
     write_rows(root / "p.jsonl", [make_row()])
-    with pytest.raises(MedbridgeError, match=r"'demo/test/0' is already there \(from .*q\.jsonl"):
+    with pytest.raises(MedbridgeError, match=r"/q\.jsonl:2: .*'demo/test/0' is already there \(from .*q\.jsonl"):
         opened(root, {"kind": "jsonl", "path": "q.jsonl"})
     found = opened(root, {"kind": "jsonl", "path": "q.jsonl"}, on_bad="skip")
     assert len(found.items) == 1 and len(found.skipped) == 1
@@ -67,7 +67,7 @@ def test_duplicate_ids(root: Path, make_row: MakeRow, write_rows: WriteRows) -> 
     write_rows(root / "r.jsonl", [make_row(dataset_index=5), make_row()])
     found = opened(root, *sources, on_bad="skip")
     assert [item.id for item in found.items] == ["demo/test/0", "demo/test/5"]
-    assert "from jsonl p.jsonl" in str(found.skipped[0])
+    assert "from jsonl p.jsonl" in str(found.skipped[0]) and found.skipped[0].line == 2
 
 
 def test_a_source_whose_questions_are_all_there_already(root: Path, make_row: MakeRow, write_rows: WriteRows) -> None:

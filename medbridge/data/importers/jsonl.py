@@ -15,7 +15,7 @@ from typing import Any
 from medbridge.data.images import ImageCheck, check_image, resolve_image
 from medbridge.data.importers.lines import numbered_lines, parse_row, plain_text, shown
 from medbridge.data.interning import Interner
-from medbridge.data.items import SPLITS, Item, Skip
+from medbridge.data.items import SPLITS, Item, Place, Skip
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
 
@@ -62,16 +62,19 @@ def read_jsonl(
     split: str | None = None,
     override: bool = False,
     check: ImageCheck = "header",
+    place: Place | None = None,
 ) -> Iterator[Item | Skip]:
     """The questions of a file, one line at a time; a Skip for every line that holds none.
 
     `split` is the split of rows that don't say, with `override` of all rows. Image paths are relative to
-    `image_root`. Raises MedbridgeError only if the file itself can't be read.
+    `image_root`. `place` is kept at the line that is read. Raises MedbridgeError only if the file itself can't be read.
     """
     seen: set[str] = set()  # images already checked
     interned = Interner()
     for number, raw in numbered_lines(file):
         item_id = None
+        if place is not None:
+            place.reach(str(file), number)
         try:
             row = parse_row(raw)
             if override:

@@ -23,7 +23,7 @@ from medbridge.data.importers.lines import plain_text, shown
 from medbridge.data.importers.mapping import TableMapping
 from medbridge.data.importers.rows import SUFFIXES, Row, read_hub, read_rows, read_saved
 from medbridge.data.interning import Interner
-from medbridge.data.items import Item, Skip
+from medbridge.data.items import Item, Place, Skip
 from medbridge.data.prompts import LETTERS
 from medbridge.errors import MedbridgeError
 from medbridge.files import replace_file
@@ -43,11 +43,13 @@ def read_table(
     image_root: Path | None = None,
     split: str | None = None,
     check: ImageCheck = "header",
+    place: Place | None = None,
 ) -> Iterator[Item | Skip]:
     """The questions of `path` (a table, a folder of tables, a saved data set) or of the mapping's `hub` name.
 
     A row that holds no good question is a Skip, and so, as a known one, is a number of questions that isn't the
-    published one and the number of rows passed over. Raises MedbridgeError if a file is broken or nothing is there.
+    published one and the number of rows passed over. `place` is kept at the row that is read. Raises MedbridgeError if
+    a file is broken or nothing is there.
     """
     cache = cache_dir / "table"
     root = image_root or (cache if path is None else path if path.is_dir() else path.parent)
@@ -58,6 +60,8 @@ def read_table(
     passed = 0
     for source, given, number, row in _all_rows(mapping, path):
         item_id = None
+        if place is not None:
+            place.reach(source, number)
         try:
             if isinstance(row, MedbridgeError):
                 raise row

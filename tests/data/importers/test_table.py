@@ -309,6 +309,15 @@ def test_empty_lines_before_the_columns(tmp_path: Path) -> None:
     assert list(read_rows(tmp_path / "t.csv")) == [(4, {"q": "a", "i": "b"})]
 
 
+def test_a_row_whose_id_is_taken_is_named(tmp_path: Path, make_png: Callable[..., Path]) -> None:
+    make_png(tmp_path / "a.png")
+    own = {"path": "t.csv", "question": "q", "images": "i", "answer": "a", "id": "n", "split_default": "test"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    (tmp_path / "t.csv").write_text("n,q,i,a\n1,Which?,a.png,liver\n2,Which?,a.png,lung\n1,What?,a.png,CT\n")
+    with pytest.raises(MedbridgeError, match=r"/t\.csv:4: a question of the id '.*/1' is already there"):
+        opened(tmp_path, mapping="own.yaml")
+
+
 def test_a_table_without_a_mapping_names_them(tmp_path: Path) -> None:
     with pytest.raises(MedbridgeError, match=r"needs a `mapping`.*pmc_vqa"):
         opened(tmp_path, path="t.csv")
