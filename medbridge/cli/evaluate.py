@@ -97,6 +97,14 @@ def evaluate(
     judge_store: Annotated[
         Path, typer.Option("--judge-store", metavar="FILE", help="Where its verdicts are kept, with their prompts.")
     ] = Path("judge.sqlite"),
+    judge_decides: Annotated[
+        bool,
+        typer.Option(
+            "--judge-decides",
+            help="Open answers that the judge takes for the right one are right in all figures and for the verdicts, "
+            "not only beside them.",
+        ),
+    ] = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE.html", help="Write a page of the result.", show_default=False)
     ] = None,
@@ -131,8 +139,11 @@ def evaluate(
         raise MedbridgeError("--stage picks one of a run's measurements: give it with --run alone.")
     if not (measure or logs) and (overrides or split):
         raise MedbridgeError("--set and --split say how a model is measured: give CONFIG.yaml, or --model and --data.")
+    if judge_decides and judge_url is None:
+        raise MedbridgeError("--judge-decides needs a judge: give --judge-url and --judge-model.")
     with _judge(judge_url, judge_model, judge_store) as open_judge:
         how: dict[str, Any] = {"reading": reading, "ordered": ordered or (), "open_judge": open_judge}
+        how["judge_decides"] = judge_decides
         if logs:
             found = _of_logs(logs, kind, prompt=_prompt(overrides or ()), by=by or (), **how)
         elif measure:

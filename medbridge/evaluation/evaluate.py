@@ -16,11 +16,14 @@ from medbridge.data.readings import ReadingName
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation import figures
 from medbridge.evaluation.answered import Answered, answered_in_log
+from medbridge.evaluation.judged import OpenJudge, by_judge, to_compare
 from medbridge.evaluation.logged import Logged
 from medbridge.measurement import no_verdict
 from medbridge.measurement.counting import count
 from medbridge.support import Evidence, GateSettings, Measured, SupportEstimate, Tally, judge, measure
 from medbridge.support.guard import Facts, GuardSettings, Repeats, check
+
+_JUDGED = "Open answers that the judge takes for the right one are right in all figures and for the verdicts."
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class StratumResult:
         accuracy: mean accuracy of the sampled completions; `readings` has it under each reading of the answers.
         acc_at_1: greedy accuracy, where greedy completions are told apart.
         macro_accuracy: mean over right answers of the accuracy on the questions that have it.
-        ks, pass_at_k, floors, majority: curves over k, with Pass@k of guessing.
+        ks, pass_at_k, floors, majority: curves over k, with Pass@k of guessing. `majority` is empty for open questions
+            whose answers a judge decides: words that mean the same would have to count together, wrong ones too.
         support: above the guessing floor, at `k`.
         abstain_rate: share of completions without a readable answer.
         truncated_rate: share of completions that ended at their token limit; None where that isn't known.
@@ -103,7 +107,8 @@ def evaluate(
     gate: GateSettings | None = None,
     sequential: bool = False,
     seed: int = 0,
-    open_judge: figures.OpenJudge | None = None,
+    open_judge: OpenJudge | None = None,
+    judge_decides: bool = False,
     source: str = "",
     given: Mapping[str, tuple[str, str]] | None = None,
     doubted: Mapping[str, str] | None = None,
@@ -121,6 +126,7 @@ def evaluate(
         seed: of the bootstrap.
         open_judge: compares open answers whose words differ from the right one's. What it says is told beside the
             readings and changes no verdict. None: there is none.
+        judge_decides: what it takes for the right answer is right, in every figure and for the verdicts.
         source: what is evaluated, in words.
         given: verdicts, with their reasons, that strata of these names already have.
         doubted: items whose measurement can't be trusted, with the reason; what holds one gets no verdict.
@@ -133,8 +139,13 @@ def evaluate(
     if unknown := sorted(set(ordered) - {entry.item.dataset for entry in entries}):
         known = ", ".join(sorted({entry.item.dataset for entry in entries}))
         raise MedbridgeError(f"no data set is named {unknown[0]!r} to be in order; there are: {known}.")
+    named = [entry.item.stratum(by) for entry in entries]  # raises before the judge is asked for hours
+    how = _How(reading, ordered, open_judge, judge_decides, {entry.item.id: entry for entry in entries})
     if open_judge is not None:
-        open_judge.prepare(figures.to_compare(entries, reading))
+        which = list(entries[0].readings) if judge_decides else [reading]
+        open_judge.prepare(to_compare(entries, which, greedy=judge_decides))
+        if judge_decides:
+            entries = [by_judge(entry, open_judge) for entry in entries]
 
     def results(
         groups: Mapping[str, Sequence[Answered]], given: Mapping[str, tuple[str, str]]
@@ -154,19 +165,18 @@ def evaluate(
             **given,
         }
         return tuple(
-            _result(name, groups[name], own, estimates[name], verdicts[name], reading, ordered, open_judge)
-            for name, own in tallies.items()
+            _result(name, groups[name], own, estimates[name], verdicts[name], how) for name, own in tallies.items()
         )
 
     strata, datasets = defaultdict(list), defaultdict(list)
-    for entry in entries:
-        strata[entry.item.stratum(by)].append(entry)
+    for name, entry in zip(named, entries, strict=True):
+        strata[name].append(entry)
         datasets[entry.item.dataset].append(entry)
     divided = {frozenset(e.item.id for e in own) for own in strata.values()}
     same_division = divided == {frozenset(e.item.id for e in own) for own in datasets.values()}
     return Evaluation(
         source, reading, results(strata, given or {}), () if same_division else results(datasets, {}),
-        1 - 2 * settings.alpha,
+        1 - 2 * settings.alpha, notes=(_JUDGED,) if judge_decides else (),
     )  # fmt: skip
 
 
@@ -202,7 +212,8 @@ def evaluate_logs(entries: Sequence[Logged | Skip], *, prompt: PromptSettings | 
     ]
     several = sum(entry.files > 1 for entry in whole)
     notes = (f"{several} questions stand in several logs, and their completions add up: all must be of one model.",)
-    return replace(evaluate(answered, **how), skipped=tuple(skipped), notes=notes if several else ())
+    found = evaluate(answered, **how)
+    return replace(found, skipped=tuple(skipped), notes=(*found.notes, *(notes if several else ())))
 
 
 def _doubt(
@@ -241,16 +252,27 @@ def _tallies(entries: Sequence[Answered], reading: ReadingName) -> list[Tally]:
     return [replace(tally, cluster=entry.cluster) for tally, entry in zip(counted, entries, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What all strata have in common. `by_words`: the questions by id, as they are graded without a judge."""
+
+    reading: ReadingName
+    ordered: Sequence[str]
+    judge: OpenJudge | None
+    judge_decides: bool
+    by_words: Mapping[str, Answered]
+
+
 def _result(
     name: str,
     entries: Sequence[Answered],
     tallies: Sequence[Tally],
     estimate: SupportEstimate,
     verdict: tuple[str, str],
-    reading: ReadingName,
-    ordered: Sequence[str],
-    open_judge: figures.OpenJudge | None,
+    how: _How,
 ) -> StratumResult:
+    reading = how.reading
+    merged = how.judge_decides and any(entry.item.options is None for entry in entries)
     samples = sum(tally.n for tally in tallies)
     cut = [entry.cut for entry in entries if entry.cut is not None]
     disagreements, scored = figures.against_log(entries, reading)
@@ -267,7 +289,7 @@ def _result(
         ks=tuple(int(k) for k in estimate.ks),
         pass_at_k=_numbers(estimate.pass_at_k.value),
         floors=_numbers(estimate.floor),
-        majority=_numbers(figures.majority(entries, tallies, estimate.n_min)),
+        majority=() if merged else _numbers(figures.majority(entries, tallies, estimate.n_min)),
         k=estimate.k,
         support=_plain(estimate.support),
         verdict=verdict[0],
@@ -277,8 +299,8 @@ def _result(
         disagreements=disagreements,
         scored=scored,
         confusion=figures.confusion(entries, reading),
-        ordinal=figures.ordinal(entries, reading, ordered),
-        open_answers=figures.open_answers(entries, reading, open_judge),
+        ordinal=figures.ordinal(entries, reading, how.ordered),
+        open_answers=figures.open_answers([how.by_words[entry.item.id] for entry in entries], reading, how.judge),
     )
 
 

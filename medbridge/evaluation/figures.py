@@ -6,8 +6,7 @@ They describe; none of them decides anything.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from medbridge.data.readings import ReadingName
 from medbridge.data.text import normalise
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation.answered import Answered, Outcomes
+from medbridge.evaluation.judged import OpenJudge
 from medbridge.rollout import GREEDY
 from medbridge.support import Tally, majority_at_k
 
@@ -28,18 +28,6 @@ ABSTAINED = "(none read)"
 
 ORDINAL = "ordinal-regression"
 """The tag `task_type` of questions whose options are grades in order, as MedMNIST calls it."""
-
-
-class OpenJudge(Protocol):
-    """Compares open answers."""
-
-    def prepare(self, compared: Iterable[tuple[str, str, str]]) -> None:
-        """Is told beforehand what `same` is going to be asked."""
-        ...
-
-    def same(self, question: str, right: str, read: str) -> bool | None:
-        """Whether the answer that was read means the right one; None: undecided."""
-        ...
 
 
 def sampled(outcomes: Outcomes) -> list[Outcome]:
@@ -104,14 +92,6 @@ def confusion(entries: Sequence[Answered], reading: ReadingName) -> dict[str, di
         for outcome in sampled(entry.readings[reading]):
             counts[entry.item.answer][ABSTAINED if outcome.option is None else names[outcome.option]] += 1
     return {right: dict(row) for right, row in counts.items()}
-
-
-def to_compare(entries: Iterable[Answered], reading: ReadingName) -> Iterator[tuple[str, str, str]]:
-    """The open answers whose words differ from the right ones': question, right answer, answer read."""
-    for entry in entries:
-        for outcome in sampled(entry.readings[reading]):
-            if entry.item.options is None and outcome.status != "correct" and outcome.answer:
-                yield entry.item.question, entry.item.answer, outcome.answer
 
 
 def open_answers(entries: Sequence[Answered], reading: ReadingName, judge: OpenJudge | None) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ from medbridge.data.readings import READINGS, ReadingName
 from medbridge.errors import MedbridgeError
 from medbridge.evaluation.answered import answered_in_stage
 from medbridge.evaluation.evaluate import Evaluation, evaluate
-from medbridge.evaluation.figures import OpenJudge
+from medbridge.evaluation.judged import OpenJudge
 from medbridge.ledger import Ledger, Stage
 from medbridge.measurement import NO_VERDICT
 
@@ -27,6 +27,7 @@ def evaluate_run(
     reading: ReadingName = "standard",
     ordered: Sequence[str] = (),
     open_judge: OpenJudge | None = None,
+    judge_decides: bool = False,
 ) -> Evaluation:
     """Evaluate one measurement of a run.
 
@@ -34,7 +35,7 @@ def evaluate_run(
         folder: of the run.
         stage_id: a finished measuring stage; None: the last one on the test split, or else the last diagnosis.
         by: tags that make up a stratum; None: the run's own.
-        reading, ordered, open_judge: as `evaluate` has them.
+        reading, ordered, open_judge, judge_decides: as `evaluate` has them.
 
     Raises:
         MedbridgeError: there is no run, or no such measurement in it.
@@ -43,7 +44,10 @@ def evaluate_run(
     try:
         settings: RunSettings = load_config(folder / "config.yaml")
         stage = _chosen(ledger, folder, stage_id)
-        return evaluate_stage(ledger, stage, settings, by=by, reading=reading, ordered=ordered, open_judge=open_judge)
+        return evaluate_stage(
+            ledger, stage, settings, by=by, reading=reading, ordered=ordered, open_judge=open_judge,
+            judge_decides=judge_decides,
+        )  # fmt: skip
     finally:
         ledger.close()
 
@@ -58,16 +62,17 @@ def evaluate_stage(
     readings: Sequence[ReadingName] = READINGS,
     ordered: Sequence[str] = (),
     open_judge: OpenJudge | None = None,
+    judge_decides: bool = False,
 ) -> Evaluation:
     """Evaluate a finished measuring stage, with the `readings` that are wanted beside each other.
 
-    The run's own strata keep the verdicts that the stage gave them.
+    The run's own strata keep the verdicts that the stage gave them, where answers are read as it read them.
     """
     entries = answered_in_stage(ledger, stage, readings)
     own = settings.data.strata
     verdicts = ledger.verdicts(stage.stage_id)
     refused = {name: row.reason for name, row in verdicts.items() if row.reason.startswith(NO_VERDICT)}
-    same = reading == "standard" and (by is None or list(by) == own)
+    same = reading == "standard" and not judge_decides and (by is None or list(by) == own)
     splits = sorted({entry.item.split for entry in entries})
     return evaluate(
         entries,
@@ -78,6 +83,7 @@ def evaluate_stage(
         sequential=stage.kind == "diagnose" and settings.diagnosis.sequential,
         seed=settings.seed,
         open_judge=open_judge,
+        judge_decides=judge_decides,
         source=f"{stage.model} on the {' and '.join(splits)} split",
         given={name: (row.kind, row.reason) for name, row in verdicts.items()} if same else {},
         doubted={e.item.id: refused[name] for e in entries if (name := e.item.stratum(own)) in refused},

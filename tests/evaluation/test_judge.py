@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,14 @@ import pytest
 from typer.testing import CliRunner
 
 from medbridge.cli import app
+from medbridge.data import Item
+from medbridge.data.answers import Outcome
 from medbridge.errors import MedbridgeError
+from medbridge.evaluation.answered import Answered
+from medbridge.evaluation.evaluate import _JUDGED
 from medbridge.evaluation.judge import Judge
+from medbridge.evaluation.judged import by_judge, to_compare
+from medbridge.rollout import GREEDY
 
 
 class Endpoint:
@@ -166,3 +173,75 @@ def test_the_command(endpoint: Endpoint, tmp_path: Path) -> None:
     assert len(endpoint.asked) == 2  # not where the words are equal, nor where nothing was read
     refused = CliRunner().invoke(app, command)
     assert isinstance(refused.exception, MedbridgeError) and "--judge-model" in str(refused.exception)
+
+
+def test_a_judge_that_decides(endpoint: Endpoint, tmp_path: Path) -> None:
+    """Synonyms are within reach: support, accuracy, readings and the verdict go by the judge; a choice stays."""
+    spoken = ["<answer>hepar</answer>", "<answer>the hepatic organ</answer>", "<answer>lung</answer>", "no\nidea"]
+    rows = [
+        {
+            "question": f"Which organ is {n}?",
+            "answer": "liver",
+            "completions": spoken,
+            "dataset": "open",
+            "greedy": "<answer>lung</answer>",
+        }
+        for n in range(30)
+    ]
+    rows += [
+        {"question": f"Is {n} seen?", "options": ["yes", "no"], "answer": "yes", "completions": ["A", "B", "A", "B"],
+         "dataset": "closed"}
+        for n in range(30)
+    ]  # fmt: skip
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", str(log), "--judge-url", endpoint.url, "--judge-model", "m", "--json",
+               "--judge-store", str(tmp_path / "j.sqlite")]  # fmt: skip
+
+    def strata(*more: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, [*command, *more])
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert found["notes"] == ([_JUDGED] if more else [])
+        return {row["stratum"]: row for row in found["strata"]}
+
+    beside, deciding = strata(), strata("--judge-decides")
+    assert beside["open"]["accuracy"]["value"] == 0 and beside["open"]["verdict"] == "bridge"
+    assert beside["open"]["open_answers"]["judged"] == 0.5
+    now = deciding["open"]
+    assert now["accuracy"]["value"] == 0.5 and now["readings"]["strict"] == 0.5 and now["support"]["value"] == 1
+    assert now["verdict"] == "sharpen", now["reason"]
+    assert now["pass_at_k"] == [0.5, pytest.approx(5 / 6), 1.0, 1.0]
+    assert now["majority"] == [] and now["open_answers"] == beside["open"]["open_answers"]
+    assert deciding["closed"] == beside["closed"]
+    assert len(endpoint.asked) == 90  # three answers a question, once
+    table = CliRunner().invoke(
+        app, [*command[:-3], *command[-2:], "--judge-decides", "--html", str(tmp_path / "e.html")]
+    )
+    assert table.exit_code == 0 and _JUDGED in table.output and _JUDGED in (tmp_path / "e.html").read_text()
+    refused = CliRunner().invoke(app, ["evaluate", str(log), "--judge-decides"])
+    assert isinstance(refused.exception, MedbridgeError) and "--judge-url" in str(refused.exception)
+
+
+class Knows:
+    """Takes every answer for the right one but the lung."""
+
+    def prepare(self, compared: Iterable[tuple[str, str, str]]) -> None: ...
+
+    def same(self, question: str, right: str, read: str) -> bool | None:
+        return None if read == "lung" else True
+
+
+def test_greedy_completions_are_judged_too() -> None:
+    item = Item("d/test/1", "d", "test", "Which organ?", "liver", None, (), {}, 0.0)
+    read = {
+        sample: Outcome(status, None, answer, None, True)
+        for sample, (status, answer) in {GREEDY: ("wrong", "hepar"), 0: ("wrong", "lung"), 1: ("abstain", None)}.items()
+    }
+    entry = Answered(item, "c", {"standard": read, "strict": {0: read[0]}})
+    assert list(to_compare([entry], ["standard"], greedy=False)) == [("Which organ?", "liver", "lung")]
+    assert {read for _, _, read in to_compare([entry], ["standard", "strict"], greedy=True)} == {"hepar", "lung"}
+    judged = by_judge(entry, Knows())
+    assert [outcome.status for outcome in judged.readings["standard"].values()] == ["correct", "wrong", "abstain"]
+    choice = replace(entry, item=replace(item, options=("liver", "lung")))
+    assert by_judge(choice, Knows()) is choice
