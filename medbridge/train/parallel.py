@@ -81,11 +81,13 @@ class Processes(Ranks):
         return torch.cat(parts)[: shape[0]] if parts is not None else None
 
     def leave(self) -> None:
-        """Let go of the groups, whose threads end with the last reference to them.
+        """Let go of the messages' group: its threads end with the last reference to it.
 
         One of them that is slow to drop the tensors of the last message would do so while the interpreter ends, want
-        its lock, and abort the process behind all that it has done.
+        its lock, and abort the process behind all that it has done or said.
         """
+        if dist.is_initialized():
+            dist.destroy_process_group(self._messages)
         del self._mesh, self._messages
 
     def _send(self, content: bytes) -> None:
@@ -139,7 +141,9 @@ def joined() -> Iterator[Ranks]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     ranks = Processes(mesh, dist.new_group(backend="gloo", timeout=_PATIENCE))
-    yield ranks
-    ranks.gather(None)  # none closes a connection on which another still waits
-    dist.destroy_process_group()  # not behind an error: it would wait for what the others will never do
-    ranks.leave()
+    try:
+        yield ranks
+        ranks.gather(None)  # none closes a connection on which another still waits
+        dist.destroy_process_group()  # not behind an error: it would wait for what the others will never do
+    finally:
+        ranks.leave()

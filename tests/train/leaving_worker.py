@@ -1,4 +1,4 @@
-"""Pairs of ranks that talk and end, as many as told; prints their exit statuses as JSON. No test.
+"""Pairs of ranks that talk and end, as many and with the status that is told; prints how they ended as JSON. No test.
 
 Before each ends, all its threads but the main one are starved, as on a machine with more to do than it can.
 """
@@ -19,7 +19,7 @@ from medbridge.train.ranks import Ranks
 kept: list[Ranks] = []  # to the very end, as the command line keeps them
 
 
-def talk(rank: int, port: int) -> None:
+def talk(rank: int, port: int, status: int) -> None:
     os.environ.update(
         WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )  # fmt: skip
@@ -28,11 +28,13 @@ def talk(rank: int, port: int) -> None:
         kept.append(ranks)
         for _ in range(5):
             ranks.gather(list(range(100)))
-        ranks.share(int)
         for thread in map(int, os.listdir("/proc/self/task")):
             os.sched_setaffinity(thread, {cores[rank % len(cores)]})
             if thread != os.getpid():
                 os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+        ranks.share(int)
+        if status:
+            sys.exit(status)
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
         for rank in range(2):
             children.append(os.fork())
             if not children[-1]:
-                talk(rank, port)
+                talk(rank, port, int(sys.argv[2]))
                 return
         statuses += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     print(json.dumps(statuses))
