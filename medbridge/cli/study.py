@@ -46,23 +46,28 @@ def study(
     if as_json:
         sys.stdout.write(json.dumps({**found.to_dict(), "page": str(folder / PAGE)}, indent=2) + "\n")
         return
-    stdout.print(_table(found))
+    stdout.print(table_of(found))
     for cell in found.cells:
         stdout.print(f"{escaped(cell.model)} on {escaped(cell.stratum)}: {escaped(cell.finding.words)}", soft_wrap=True)
     stdout.print(f"page: {(folder / PAGE).resolve()}", soft_wrap=True, markup=False)
 
 
-def _table(found: StudyResult) -> Table:
+def table_of(found: StudyResult) -> Table:
+    """Names wrap, findings are two lines and intervals stand below their numbers: the table fits 80 columns."""
     from medbridge.report.summary import bracketed
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("Stratum", "Model", "Finding", "Sees", "Reaches", "Says"):
-        table.add_column(name, overflow="fold")
+    for name in ("Stratum", "Model"):
+        table.add_column(name, overflow="fold", min_width=10)
+    for name in ("Finding", "Sees", "Reaches", "Says"):
+        table.add_column(name, no_wrap=True)
     for stratum in found.strata:
         for row in found.models:
             cell = found.cell(row.name, stratum)
             if cell is not None:
                 gain = None if cell.sight is None else cell.sight.gain
-                numbers = (escaped(bracketed(value)) for value in (gain, cell.support, cell.acc_at_1))
-                table.add_row(escaped(stratum), escaped(row.name), cell.finding.kind, *numbers)
+                numbers = (
+                    escaped(bracketed(value).replace(" ", "\n")) for value in (gain, cell.support, cell.acc_at_1)
+                )
+                table.add_row(escaped(stratum), escaped(row.name), cell.finding.kind.replace("-", "-\n"), *numbers)
     return table
