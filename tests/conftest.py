@@ -347,7 +347,7 @@ def browser() -> Iterator[Any]:
     """Chromium (`chromium` on the PATH, or its path in CHROMIUM).
 
     Without it the tests are skipped, unless MEDBRIDGE_REQUIRE_BROWSER=1, which makes that a failure. It is closed
-    behind each file: playwright keeps an event loop running in this thread, in which `asyncio.run` of others would fail.
+    behind each file: playwright keeps an event loop running in this thread, where `asyncio.run` of others would fail.
     """
     program = os.environ.get("CHROMIUM") or shutil.which("chromium")
     missing = None if program else "no Chromium: install it, or name its program in CHROMIUM"
